@@ -419,7 +419,8 @@ def lineage(
     if not found: return {'id': row_id, 'stage': None, 'kind': 'unknown', 'row': {}, 'origins': []}
     stage, kind, row = found
     meta = row.get('meta') or {}
-    origins = dict.fromkeys(meta.get('parent_ids', []) + meta.get('source_ids', []) + [row['doc_id']] * (kind == 'chunk'))
+    document = [row['doc_id']] if kind == 'chunk' else []
+    origins = dict.fromkeys(meta.get('parent_ids', []) + meta.get('source_ids', []) + document)
     return {'id': row_id, 'stage': stage, 'kind': kind, 'row': row,
             'origins': [lineage(run_dir, origin) for origin in origins if origin != row_id]}
 

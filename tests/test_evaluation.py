@@ -1,0 +1,88 @@
+"What becomes of replies that are no answers, and of hostile ones."
+import json
+import time
+
+import pytest
+
+from kyara.core import UserError
+from kyara.evaluate import (BENCHMARKS, MATH_HELD_OUT, comparison_table, evaluate_models, figures, paired_difference,
+                            read_items, run_generation)
+from kyara.llm import Reply
+from kyara.score import score_rows
+
+def problem(number, answer='7'):
+    return {'id': str(number), 'messages': [{'role': 'user', 'content': f'第{number}題：3加4是多少？'},
+                                            {'role': 'assistant', 'content': f'3 + 4 = 7\n答案：{answer}'}]}
+
+def write(path, rows):
+    path.write_text('\n'.join(json.dumps(row, ensure_ascii=False) for row in rows), encoding='utf-8')
+    return path
+
+class Scripted:
+    "A client that says what it was told to say."
+    def __init__(self, *replies): self.replies = replies
+    def ask(self, prompts, label='', **sampling):
+        return [Reply('key', text, reason, error='http 500' if reason == 'error' else None) for text, reason in self.replies]
+
+def test_only_the_models_own_failures_count(tmp_path):
+    items, _ = read_items(MATH_HELD_OUT, write(tmp_path/'items.jsonl', [problem(n) for n in range(6)]))
+    client = Scripted(('答案：7', 'stop'), ('答案：8', 'stop'), ('3 + 4', 'length'), ('', 'empty'), ('', 'error'), ('答案：7', 'rerouted'))
+    transcripts, dropped = run_generation(MATH_HELD_OUT, items, client)
+    assert [row['score'] for row in transcripts] == [1.0, 0.0, 0.0, 0.0]
+    assert [row['drop_reason'] for row in dropped] == ['reply_error', 'reply_rerouted'] and dropped[0]['evidence'] == 'http 500'
+    got = figures([{**row, 'model': 'kyara'} for row in transcripts])['kyara']['math-held-out']
+    assert (got['score'], got['n'], got['no_answer'], got['truncated']) == (25, 4, 50, 25)
+
+def test_items_without_gold_or_twice_are_dropped(tmp_path):
+    rows = [problem(1), problem(1), {'id': '2', 'messages': [{'role': 'user', 'content': '？'}, {'role': 'assistant', 'content': '不知道'}]}]
+    items, dropped = read_items(MATH_HELD_OUT, write(tmp_path/'items.jsonl', rows))
+    assert len(items) == 1 and [row['drop_reason'] for row in dropped] == ['duplicate_id', 'no_gold']
+
+def test_every_model_gets_the_same_drawn_items(tmp_path):
+    path = write(tmp_path/'items.jsonl', [problem(number) for number in range(50)])
+    first, second = ([item['id'] for item in read_items(MATH_HELD_OUT, path, 10, seed)[0]] for seed in (1, 2))
+    assert len(first) == 10 and first != second and first == [item['id'] for item in read_items(MATH_HELD_OUT, path, 10, 1)[0]]
+
+@pytest.mark.parametrize('models,benchmarks,word', [
+    ({'a': 'offline'}, {'math-heldout': 'x'}, 'math-held-out'), ({'a': 'offline'}, {'truthfulqa': 'x'}, 'log-likelihoods'),
+    ({'a': 'nobody'}, {'math-held-out': 'x'}, 'nobody'), ({}, {'math-held-out': 'x'}, 'at least one'),
+    ({'a': 'offline'}, {'math-held-out': 'nowhere.jsonl'}, 'does not exist')])
+def test_mistakes_are_refused_before_anything_is_asked(tmp_path, models, benchmarks, word):
+    with pytest.raises(UserError, match=word): evaluate_models(models, benchmarks, tmp_path/'ledger.sqlite')
+
+def test_local_models_generate_and_measure(tmp_path):
+    from kyara.sft import make_student
+    texts = [problem(n)['messages'][0]['content'] + '答案：7' for n in range(20)]
+    small = dict(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    models = {f'seed {seed}': str(make_student(texts, tmp_path/f'model{seed}', seed=seed, **small)) for seed in (0, 1)}
+    turn = lambda role, text: [{'role': role, 'content': text}]
+    pairs = [{'id': str(n), 'prompt': turn('user', text), 'chosen': turn('assistant', '答案：7'), 'rejected': turn('assistant', '我不知道')}
+             for n, text in enumerate(texts)]
+    paths = {'math-held-out': write(tmp_path/'math.jsonl', [problem(n) for n in range(8)]), 'preference-held-out': write(tmp_path/'pairs.jsonl', pairs)}
+    run = lambda: evaluate_models(models, paths, tmp_path/'ledger.sqlite', max_tokens=8, batch_size=4)
+    transcripts, dropped, cost = run()
+    assert len(transcripts) == 2 * (8 + 20) and not dropped and cost == 0 and run()[0] == transcripts
+    scores = figures(transcripts)
+    assert scores['seed 0']['math-held-out']['truncated'] > 0 and scores['seed 1']['preference-held-out']['n'] == 20
+    assert comparison_table(scores).startswith('| benchmark (rule) | n | seed 0 | seed 1 |')
+    assert paired_difference(transcripts, 'preference-held-out', 'seed 0', 'seed 1')['n'] == 20
+
+HOSTILE = ['{' * 10**6, '{"a":' * 2 * 10**5, '[' * 10**6, '\\' * 10**6, '9' * 10**6, '"answer": "' * 10**5, '{"answer": [[' + '9' * 10**6,
+           '{}' * 5 * 10**5, '[[' + '1' * 10**6, "{'" * 3 * 10**5 + "': 1" * 10**5 + '}', '{"answer": ' + '[' * 10**5 + ']' * 10**5 + '}']
+
+@pytest.mark.parametrize('text', HOSTILE, ids=lambda text: f'{text[:12]}…')
+def test_hostile_text_takes_linear_time(text):
+    start = time.perf_counter()
+    for benchmark in ('gsm8k', 'math-l5', 'crux'): score_rows(benchmark, [{'id': 1, 'answer': '7', 'output': text}])
+    score_rows('gsm8k', [{'id': 1, 'answer': '7', 'output': text}], 'native')
+    score_rows('mmlu-redux', [{'id': 1, 'choices': ['甲'], 'correct_answer': '甲', 'output': text}])
+    score_rows('zebra-grid', [{'id': 'lgp-test-2x2-1', 'solution': {'header': ['House', 'A'], 'rows': [['1', 'b']]}, 'output': text}])
+    score_rows('tmmluplus', [{'id': 1, 'subject': 'physics', 'answer': 'A', 'output': text}])
+    score_rows('mt-bench', [{'question_id': 1, 'model': 'm', 'judgment': text}])
+    score_rows('mt-bench', [{'question_id': 1, 'g1_judgment': text, 'g2_judgment': text}])
+    score_rows('arena-hard', [{'question_id': 1, 'model': 'm', 'games': [{'judgment': text}, {'judgment': text}]}])
+    names = ['数学计算', '逻辑推理', '基本任务', '中文理解', '综合问答', '文本写作', '角色扮演', '专业能力']
+    score_rows('alignbench', [{'id': name, 'category': name, 'judgment': text} for name in names])
+    score_rows('chinese-reason-bench', [{'id': 1, 'judge_score': 5}, {'id': 2, 'judgment': text}])
+    for benchmark in ('gsm8k', 'math-held-out'): BENCHMARKS[benchmark].extract(text, {})
+    assert time.perf_counter() - start < 20

@@ -1,0 +1,315 @@
+"What a run does when parameters change, input is bad, a stage fails, or a process is killed."
+import json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from kyara.core import fingerprint
+from kyara.run import load_recipe, main, run_status
+
+ROOT = Path(__file__).parent.parent
+WRITE = '''
+import os, time
+from kyara.core import UserError, dialogue, drop, finish_stage, read_rows, start_stage, write_rows
+folder = start_stage(out_dir)
+if least < 0: raise UserError('least is negative; use 0 or more')
+rows = [dialogue([{'role': 'user', 'content': text}], 'knowledge_qa', stage='write') for text in texts]
+kept = [row for row in rows if len(row['messages'][0]['content']) >= least]
+assert least < 100, 'nothing can be so long'
+write_rows(kept, folder / 'dialogue', 'dialogue')
+while os.path.exists('slow'): time.sleep(0.05)
+write_rows([drop(row, 'short') for row in rows if row not in kept], folder / 'dropped', 'dialogue', dropped=True)
+params = dict(texts=texts, least=least, teacher=teacher, corpus=corpus)
+finish_stage(out_dir, 'kyara.core', params, [], ['dialogue', 'dropped'], {'kept': len(kept), 'dropped': len(rows) - len(kept)})
+'''
+COUNT = '''
+from kyara.core import finish_stage, read_rows, start_stage, write_text
+folder = start_stage(out_dir)
+total = sum(1 for _ in read_rows(source))
+write_text(folder / 'scores.json', '{"%s": {"rows": {"score": %d, "low": 0, "high": 9, "n": 3}}}' % (name, total))
+finish_stage(out_dir, 'kyara.core', {'source': source, 'name': name}, [source], ['scores.json'], {'kept': total})
+'''
+WRITE_PARAMETERS = """out_dir: str = '../runs/_notebook/write'
+texts: list = ['玉山有多高？', '愛玉為什麼會結凍？', '誰？']
+least: int = 3  # Characters
+rate: float = 0.5
+teacher: str = 'offline'
+corpus: str = 'sample:corpus'
+""".replace('rate: float = 0.5\n', '')
+COUNT_PARAMETERS = "out_dir: str = '../runs/_notebook/count'\nsource: str = ''\nname: str = 'model'\n"
+RECIPE = {'stages': {'write': {'notebook': '01_write'}, 'count': {'notebook': '02_count', 'source': '{write}'}}}
+
+def write_notebook(path, parameters, code, tags=('parameters',)):
+    "Write a notebook of two cells."
+    cell = lambda number, text, tags: {'cell_type': 'code', 'id': f'cell{number}', 'metadata': {'tags': list(tags)}, 'source': text,
+                                       'execution_count': None, 'outputs': []}
+    kernel = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}}
+    notebook = {'cells': [cell(1, parameters, tags), cell(2, code, ())], 'metadata': kernel, 'nbformat': 4, 'nbformat_minor': 5}
+    path.write_text(json.dumps(notebook, ensure_ascii=False), encoding='utf-8')
+
+def write_recipe(root, recipe):
+    "Write runs/tea.yaml."
+    path = root / 'runs/tea.yaml'
+    path.write_text(yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False), encoding='utf-8')
+    return path
+
+def make_workspace(root):
+    "Make a workspace of two stages; give its recipe."
+    for name in ('nbs', 'runs'): (root / name).mkdir(parents=True)
+    write_notebook(root / 'nbs/01_write.ipynb', WRITE_PARAMETERS, WRITE)
+    write_notebook(root / 'nbs/02_count.ipynb', COUNT_PARAMETERS, COUNT)
+    return write_recipe(root, RECIPE)
+
+@pytest.fixture
+def recipe(tmp_path): return make_workspace(tmp_path / 'a')
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    "A workspace whose recipe was run once; not to be changed."
+    recipe = make_workspace(tmp_path_factory.mktemp('finished') / 'a')
+    assert main(['run', str(recipe)]) == 0
+    return recipe
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    "A copy of the finished workspace."
+    shutil.copytree(finished.parent.parent, tmp_path / 'a')
+    return tmp_path / 'a/runs/tea.yaml'
+
+def start(*words):
+    "Start the command line in a process of its own."
+    return subprocess.Popen([sys.executable, '-c', 'import sys; from kyara.run import main; sys.exit(main())', *map(str, words)],
+                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+def started_stages(capsys):
+    "Name the stages that the last call ran."
+    return [line.split()[1].rstrip(':') for line in capsys.readouterr().out.splitlines() if ': starts (' in line]
+
+def hashes(recipe):
+    "Hash what every stage of a run wrote."
+    folder = recipe.with_suffix('')
+    return {name: json.loads((folder / name / 'manifest.json').read_text())['outputs'] for name in ('write', 'count')}
+
+def wait_for(condition, seconds=60):
+    "Wait until a condition holds."
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, 'waited in vain'
+        time.sleep(0.05)
+
+def kernels(recipe):
+    "List processes that were started for a run."
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get('KYARA_RUN') == str(recipe.with_suffix('')): found.append(process.pid)
+        except (psutil.Error, OSError): pass
+    return found
+
+# What runs, and what does not
+
+def test_a_finished_recipe_does_nothing(copy, capsys):
+    before, now = hashes(copy), time.monotonic()
+    report = (copy.with_suffix('') / 'report.html').stat().st_mtime_ns
+    assert main(['run', str(copy)]) == 0
+    assert started_stages(capsys) == [] and time.monotonic() - now < 10
+    assert hashes(copy) == before and (copy.with_suffix('') / 'report.html').stat().st_mtime_ns == report
+
+def test_the_table_and_the_report_end_a_run(copy, capsys):
+    main(['run', str(copy)])
+    printed = capsys.readouterr().out
+    assert 'benchmark' in printed and '2.0 (0.0 to 9.0)' in printed and 'report.html' in printed, printed
+
+@pytest.mark.parametrize('change, expected', [
+    ('write.least=1', ['write', 'count']), # another result: what depends on it runs too
+    ('write.least=2', ['write', 'count']),
+    ('write.least=4', ['write']), # the same result as with 3: nothing to do for count
+    ('count.name=other', ['count'])])
+def test_a_changed_parameter_reruns_what_depends_on_it(copy, capsys, change, expected):
+    assert main(['run', str(copy), '--set', change]) == 0
+    assert started_stages(capsys) == expected
+
+def test_changed_notebook_code_and_artifacts_are_noticed(copy, capsys):
+    folder, nbs = copy.with_suffix(''), copy.parent.parent / 'nbs'
+    state = lambda: [row['state'] for row in run_status(folder)]
+    assert state() == ['done', 'done']
+    write_notebook(nbs / '02_count.ipynb', COUNT_PARAMETERS, COUNT + '\n1 + 1\n')
+    assert state() == ['done', 'runs next: notebook changed']
+    write_notebook(nbs / '02_count.ipynb', '# Only a comment\n' + COUNT_PARAMETERS, COUNT)
+    assert state() == ['done', 'done']
+    manifest = json.loads((folder / 'write/manifest.json').read_text())
+    (folder / 'write/manifest.json').write_text(json.dumps({**manifest, 'code': 'of yesterday'}))
+    assert state() == ['runs next: code changed', 'waits for write']
+    (folder / 'write/manifest.json').write_text(json.dumps(manifest))
+    shutil.rmtree(folder / 'write/dropped')
+    assert state() == ['runs next: dropped is missing', 'waits for write']
+    (folder / 'count.ipynb').unlink()
+    assert state()[1] == 'runs next: its notebook did not finish'
+
+def test_from_only_and_fresh(copy, capsys):
+    for words, expected in ((['--from', 'write'], ['write', 'count']), (['--from', 'count'], ['count']), (['--only', 'write'], ['write']),
+                            (['--fresh', '--only', 'count'], ['count'])):
+        assert main(['run', str(copy), *words]) == 0
+        assert started_stages(capsys) == expected, words
+
+def test_only_needs_what_comes_before(recipe, capsys):
+    assert main(['run', str(recipe), '--only', 'count']) == 2
+    assert 'needs write, which is not finished' in capsys.readouterr().err
+
+def test_status_trace_and_report(copy, capsys):
+    folder = copy.with_suffix('')
+    assert main(['status', str(folder)]) == 0
+    assert [line.split()[:4] for line in capsys.readouterr().out.splitlines()[1:]] == [['write', 'done', '2', '1'], ['count', 'done', '2', '0.00']]
+    from kyara.core import read_rows
+    row = next(read_rows(folder / 'write', 'dropped'))
+    assert main(['trace', row['id'], '--run', str(folder)]) == 0
+    assert 'dropped: short' in capsys.readouterr().out
+    assert main(['report', str(folder)]) == 0
+
+def test_script_tags_in_data_are_escaped(recipe):
+    text = "<script>alert('玉山')</script><img src=x onerror=alert(1)>"
+    assert main(['run', str(recipe), '--set', f'write.texts={json.dumps([text])}']) == 0
+    page = (recipe.with_suffix('') / 'report.html').read_text(encoding='utf-8')
+    assert '&lt;script&gt;' in page and '<script' not in page and '<img src=x' not in page
+
+def test_unquoted_references_and_numbers_are_understood(recipe):
+    recipe.write_text("stages:\n  write: {notebook: 01_write}\n  count: {notebook: 02_count, source: {write}}\n", encoding='utf-8')
+    assert load_recipe(recipe).stages[1].params['source'] == '../runs/tea/write'
+    assert load_recipe(recipe, ['count.source={write}/dialogue']).stages[1].params['source'] == '../runs/tea/write/dialogue'
+
+# Bad input
+
+def changed(**changes):
+    "Give the recipe with other keys for stage write; None removes a key."
+    stage = {**RECIPE['stages']['write'], **changes}
+    return {'stages': {**RECIPE['stages'], 'write': {key: value for key, value in stage.items() if value is not None}}}
+
+BAD_RECIPES = {
+    'unknown key': ({**RECIPE, 'stagse': {}}, 'unknown key stagse', "did you mean 'stages'"),
+    'no stages': ({'name': 'tea'}, 'lists no stages'),
+    'a list': ([1, 2], 'must hold a mapping'),
+    'bad name': ({**RECIPE, 'name': '../out'}, "'../out' cannot name"),
+    'no notebook': (changed(notebook=None), 'must name its notebook'),
+    'unknown notebook': (changed(notebook='01_wriet'), 'no notebook 01_wriet', "did you mean '01_write'"),
+    'unknown parameter': (changed(leest=3), 'no parameter leest', "did you mean 'least'"),
+    'out_dir': (changed(out_dir='x'), 'out_dir is chosen by the runner'),
+    'wrong type': (changed(least='many'), "least must be of type int, not 'many'"),
+    'a truth value for a number': (changed(least=True), 'least must be of type int, not True'),
+    'a text for a list': (changed(texts='玉山'), 'texts must be of type list'),
+    'a later stage': (changed(corpus='{count}'), '{count} is no earlier stage'),
+    'a stray brace': (changed(corpus='{count'), 'braces that name no stage'),
+    'unknown model': (changed(teacher='ofline'), "no model named 'ofline'"),
+    'missing corpus': (changed(corpus='data/none.jsonl'), 'data/none.jsonl does not exist'),
+    'missing sample': (changed(corpus='sample:corpsu'), "no sample named 'corpsu'"),
+    'user error in a stage': (changed(least=-1), 'stage write: least is negative; use 0 or more'),
+}
+
+def assert_told(capsys, code, *parts):
+    "Check exit code 2 and one line on stderr."
+    error = capsys.readouterr().err
+    assert code == 2 and error.startswith('kyara: ') and error.count('\n') == 1, error
+    for part in parts: assert part in error, error
+
+@pytest.mark.parametrize('name', BAD_RECIPES)
+def test_bad_recipe(recipe, capsys, name):
+    content, *parts = BAD_RECIPES[name]
+    write_recipe(recipe.parent.parent, content)
+    assert_told(capsys, main(['run', str(recipe)]), *parts)
+
+@pytest.mark.parametrize('words, part', [
+    (['run', 'runs/none.yaml'], 'cannot be read'), (['run', '{recipe}', '--set', 'write=3'], 'not of the form'),
+    (['run', '{recipe}', '--set', 'wriet.least=3'], "did you mean 'write'"), (['run', '{recipe}', '--from', 'wriet'], "did you mean 'write'"),
+    (['status', 'runs/none'], 'is no run'), (['report', 'runs/none'], 'is no run'), (['trace', 'abc', '--run', 'runs/none'], 'is no run'),
+    (['trace', 'abc', '--run', '{run}'], 'has the id abc'), (['ledger', 'stats', 'none.sqlite'], 'is no file'),
+    (['lint', 'none.txt'], 'is no file')])
+def test_bad_words(finished, capsys, words, part):
+    names = {'recipe': finished, 'run': finished.with_suffix('')}
+    assert_told(capsys, main([word.format(**names) for word in words]), part)
+
+def test_yaml_that_is_none(recipe, capsys):
+    for text, part in (('stages: [', 'is not YAML'), ('stages: {}\nstages: {}\n', 'stages is there twice')):
+        recipe.write_text(text, encoding='utf-8')
+        assert_told(capsys, main(['run', str(recipe)]), part)
+
+@pytest.mark.parametrize('parameters, tags, part', [
+    (WRITE_PARAMETERS, [], '0 cells tagged parameters'), ('least: int = max(1, 2)', ['parameters'], 'name: type = literal')])
+def test_bad_parameters_cell(recipe, capsys, parameters, tags, part):
+    write_notebook(recipe.parent.parent / 'nbs/01_write.ipynb', parameters, WRITE, tags)
+    assert_told(capsys, main(['run', str(recipe)]), part)
+
+def test_missing_key_is_told_before_anything_runs(recipe, capsys, monkeypatch):
+    settings = recipe.parent.parent / 'settings.ini'
+    settings.write_text('[model.paid]\nprovider = openai\nmodel = m\napi_key_env = KYARA_TEST_KEY\n')
+    monkeypatch.setenv('KYARA_SETTINGS', str(settings))
+    write_recipe(recipe.parent.parent, changed(teacher='paid'))
+    assert load_recipe(recipe).stages[0].models == ('paid',)
+    assert_told(capsys, main(['run', str(recipe)]), 'set the environment variable KYARA_TEST_KEY')
+    assert not (recipe.with_suffix('') / 'write').exists()
+
+def test_manifest_of_another_version(copy, capsys):
+    path = copy.with_suffix('') / 'write/manifest.json'
+    path.write_text(path.read_text().replace('"version": "', '"version": "0.0.'))
+    assert_told(capsys, main(['run', str(copy)]), '--fresh')
+    assert main(['run', str(copy), '--fresh']) == 0
+
+def test_failing_stage_names_cell_and_notebook(recipe, capsys):
+    assert main(['run', str(recipe), '--set', 'write.least=100']) == 1
+    error = capsys.readouterr().err
+    assert 'stage write failed in cell' in error and 'nothing can be so long' in error and 'tea/write.ipynb' in error, error
+    assert not (recipe.with_suffix('') / 'count').exists()
+    assert main(['run', str(recipe)]) == 0
+
+# Processes
+
+def running(recipe):
+    "Start a run whose first stage waits, and give it when it does."
+    (recipe.parent.parent / 'nbs/slow').touch()
+    process = start('run', recipe)
+    wait_for(lambda: (recipe.with_suffix('') / 'write/dialogue/part-00000.parquet').exists() or process.poll() is not None)
+    assert process.poll() is None, process.stderr.read()
+    return process
+
+def test_kill_and_rerun_give_the_same_artifacts(recipe, finished, capsys):
+    process = running(recipe)
+    process.kill()
+    process.wait()
+    wait_for(lambda: not kernels(recipe), 10) # the kernel sees that its parent is gone
+    assert not (recipe.with_suffix('') / 'write/manifest.json').exists()
+    (recipe.parent.parent / 'nbs/slow').unlink()
+    assert main(['run', str(recipe)]) == 0
+    assert hashes(recipe) == hashes(finished)
+
+def test_a_kernel_of_a_killed_runner_is_ended_before_the_next_run(recipe, finished):
+    process = running(recipe)
+    os.kill(kernels(recipe)[0], signal.SIGSTOP) # it cannot notice anything now
+    process.kill()
+    process.wait()
+    (recipe.parent.parent / 'nbs/slow').unlink()
+    assert main(['run', str(recipe)]) == 0
+    assert kernels(recipe) == [] and hashes(recipe) == hashes(finished)
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(recipe, number):
+    process = running(recipe)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == 130 and error.splitlines()[-1].startswith('kyara: interrupted'), error
+    assert kernels(recipe) == []
+
+def test_one_process_at_a_time(recipe, capsys):
+    process = running(recipe)
+    code = main(['run', str(recipe)])
+    (recipe.parent.parent / 'nbs/slow').unlink()
+    assert_told(capsys, code, f'being run by process {process.pid}')
+    assert process.wait(60) == 0
+
+def test_output_is_plain_where_nobody_watches(recipe):
+    process = start('run', recipe)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and error == '' and '\r' not in out, (out, error)
+
+def test_fingerprint_of_a_stage_is_that_of_its_outputs(copy):
+    folder = copy.with_suffix('')
+    assert fingerprint(folder / 'write') == json.loads((folder / 'count/manifest.json').read_text())['inputs']['0:write']

@@ -1,0 +1,220 @@
+"The scoring rules against published outputs and figures; the data are not part of the project."
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from kyara.core import UserError
+from kyara.score import read_outputs, score_file, score_rows
+from kyara.metrics import (aggregate_alignbench, aggregate_tmmluplus, alignbench_score, arena_verdict, extract_answer,
+                         judge_pair, judge_score, number_value, reason_score)
+
+DATA = Path(__file__).parent.parent.parent/'shared'/'data'
+EXPECTED = json.loads((DATA/'expected.json').read_text()) if (DATA/'expected.json').exists() else None
+needs_data = pytest.mark.skipif(EXPECTED is None, reason=f'no public benchmark cases at {DATA}')
+PRINTED = 0.0051 # Published figures have two digits
+
+def table(path):
+    opener = gzip.open if path.suffix == '.gz' else open
+    with opener(path, 'rt', encoding='utf-8') as lines: return list(csv.DictReader(lines))
+
+def items(benchmark, path):
+    return score_rows(benchmark, read_outputs(path), model=path.name)[1]
+
+ZEROEVAL = [('gsm8k', 'gsm'), ('math-l5', 'math-l5')]
+MODELS = ['gemma-2-2b-it', 'Meta-Llama-3.1-8B-Instruct']
+
+@needs_data
+@pytest.mark.parametrize('model', MODELS)
+@pytest.mark.parametrize('benchmark,folder', ZEROEVAL)
+def test_zeroeval_numbers(benchmark, folder, model):
+    want = EXPECTED['zeroeval'][folder][model]
+    got = score_file(benchmark, DATA/f'zeroeval/{folder}/{model}.jsonl.gz')
+    assert got['total'] == want['n'] and 'partial' not in got['details']
+    assert got['score'] == pytest.approx(want['published_acc'], abs=PRINTED)
+    assert got['no_answer'] == pytest.approx(want['published_no_answer'], abs=PRINTED)
+    assert got['details']['reason_length'] == pytest.approx(want['published_reason_len'], abs=PRINTED)
+
+@needs_data
+@pytest.mark.parametrize('model', MODELS)
+@pytest.mark.parametrize('rule', ['v1', 'v2'])
+def test_crux_has_two_rules(model, rule):
+    want = EXPECTED['zeroeval']['crux'][model]
+    got = score_file('crux', DATA/f'zeroeval/crux/{model}.jsonl.gz', rule)
+    assert (got['rule'], got['total']) == (rule, want['n'])
+    assert got['score'] == pytest.approx(want[f'published_acc_rule_{rule}'], abs=PRINTED)
+    assert got['no_answer'] == pytest.approx(want['published_no_answer'], abs=PRINTED)
+    assert got['details']['reason_length'] == pytest.approx(want['published_reason_len'], abs=PRINTED)
+
+@needs_data
+def test_cruxeval_pass_at_k():
+    got = score_file('crux', DATA/'cruxeval/sample_scored_codellama-7b_temp0.2_output.json.gz', 'native')
+    assert got['total'] == 800
+    for name, want in EXPECTED['cruxeval_output'].items(): assert got['details'][name] == pytest.approx(want, abs=1e-9)
+
+@needs_data
+@pytest.mark.parametrize('name', ['Llama-3.1-405B-Inst@hyperbolic.partial51', 'Qwen2-72B-Instruct.first376'])
+def test_mmlu_redux_outputs(name):
+    want, path = EXPECTED['mmlu_redux_outputs'][name], DATA/f'zeroeval/mmlu-redux/{name}.jsonl.gz'
+    got = score_file('mmlu-redux', path)
+    assert got['total'] == want['n'] and got['details']['partial']
+    assert got['score'] == pytest.approx(want.get('published_acc', want.get('acc')), abs=PRINTED)
+    if 'published_reason_len' in want:
+        assert got['no_answer'] == pytest.approx(want['published_no_answer'], abs=PRINTED)
+        assert got['details']['reason_length'] == pytest.approx(want['published_reason_len'], abs=PRINTED)
+    flags = [row['published_correct'] for row in read_outputs(path) if 'published_correct' in row]
+    if flags: assert [int(item['correct']) for item in items('mmlu-redux', path)] == flags
+
+@needs_data
+def test_tables_of_flags():
+    got = score_file('mmlu-redux', DATA/'zeroeval/mmlu-redux/correct_matrix.csv.gz')
+    for model, want in EXPECTED['mmlu_redux_matrix'].items():
+        assert got['details'][model]['score'] == pytest.approx(want, abs=PRINTED)
+    got = score_file('zebra-grid', DATA/'zeroeval/zebra-grid/solved_matrix.csv.gz')
+    assert got['total'] == 1000 and got['score'] is None
+    for model, want in EXPECTED['zebra_matrix'].items():
+        figures = got['details'][model]
+        assert (figures['score'], figures['easy'], figures['hard']) == pytest.approx(tuple(want.values()), abs=PRINTED)
+
+@needs_data
+def test_zebra_outputs():
+    name, want = next(iter(EXPECTED['zebra_outputs'].items()))
+    got = score_file('zebra-grid', DATA/f'zeroeval/zebra-grid/{name}.jsonl.gz')
+    figures = {'puzzle_acc': got['score'], 'easy': got['details']['easy'], 'hard': got['details']['hard'],
+               'cell_acc': got['details']['cell_accuracy'], 'no_answer': got['no_answer'],
+               'reason_len': got['details']['reason_length']}
+    assert got['total'] == want['n']
+    assert figures == pytest.approx({name: want[name] for name in figures}, abs=PRINTED)
+
+@needs_data
+@pytest.mark.parametrize('model', EXPECTED['alpaca_eval'] if EXPECTED else [])
+def test_alpaca_eval(model):
+    want = EXPECTED['alpaca_eval'][model]
+    got = score_file('alpaca_eval', DATA/f'alpaca_eval/annotations/{model}.csv.gz', data=DATA/'alpaca_eval')
+    figures = got['details']
+    for name in ('win_rate', 'standard_error', 'discrete_win_rate'): assert figures[name] == pytest.approx(want[name], abs=1e-6)
+    assert (figures['wins'], figures['losses'], figures['draws']) == (want['n_wins'], want['n_wins_base'], want['n_draws'])
+    assert figures['length_controlled_win_rate'] == pytest.approx(want['length_controlled_winrate'], abs=0.16)
+    assert figures['length_controlled_win_rate'] == pytest.approx(want['lc_plain_mle_with_equiv_gamed'], abs=1e-4)
+    assert got['score'] == figures['length_controlled_win_rate']
+
+@needs_data
+def test_mt_bench_single():
+    (name, models), = EXPECTED['mt_bench_single'].items()
+    path = DATA/'mt_bench/judgments/alvarobartt__FastChat.gpt-4_single.jsonl.gz'
+    got = score_file('mt-bench', path)
+    for model, want in models.items(): assert got['details'][model] == pytest.approx(want, abs=1e-6), (name, model)
+    stored = [row['score'] for row in read_outputs(path)]
+    assert [-1 if item['score'] is None else item['score'] for item in items('mt-bench', path)] == stored
+
+@needs_data
+def test_mt_bench_pairs():
+    path = DATA/'mt_bench/judgments/Stefanstud__FastChat.gpt-4_pair.jsonl.gz'
+    got = score_file('mt-bench', path)
+    assert {name: got['details'][name] for name in EXPECTED['mt_bench_pair']} == EXPECTED['mt_bench_pair']
+    for row in read_outputs(path):
+        first, second = judge_pair(row['g1_judgment']), judge_pair(row['g2_judgment'])
+        assert {'A': 'model_1', 'B': 'model_2', 'C': 'tie', None: 'error'}[first] == row['g1_winner']
+        assert {'A': 'model_2', 'B': 'model_1', 'C': 'tie', None: 'error'}[second] == row['g2_winner']
+
+@needs_data
+def test_arena_hard():
+    path = DATA/'arena_hard/judgments_gemini15pro_phi3medium_7q.jsonl'
+    games = [game for row in read_outputs(path) for game in row['games']]
+    assert len(games) == 14 and all(arena_verdict(game['judgment']) == game['score'] for game in games)
+    got = score_file('arena-hard', path)
+    # One of the fourteen verdicts is strong and counts three battles.
+    assert got['total'] == 7 and got['details']['phi-3-medium-4k-instruct']['battles'] == 16
+    stats = DATA/'arena_hard/bootstrap_stats.jsonl.gz'
+    details = score_file('arena-hard', stats)['details']
+    for row in read_outputs(stats):
+        figures = details[row['model']]
+        assert (figures['score'], figures['lower'], figures['upper']) == pytest.approx((row['score'], row['lower'], row['upper']), abs=0.02)
+
+@needs_data
+def test_alignbench():
+    path = DATA/'alignbench/leaderboard_v1.1.csv'
+    rows, published = score_file('alignbench', path)['details']['rows'], table(path)
+    assert len(rows) == EXPECTED['alignbench_rows']
+    for got, want in zip(rows, published):
+        for name in ('reasoning', 'language', 'overall'): assert got[name] == pytest.approx(float(want[name]), abs=0.0102)
+    seeds = json.loads((DATA/'seeds_published_tables.json').read_text())
+    for row in seeds['alignbench']:
+        got = aggregate_alignbench(row['scores'])
+        assert got['overall'] == pytest.approx(row['總分'], abs=0.0102), row['model']
+        assert got['language'] == pytest.approx(row['語言總分'], abs=0.0102), row['model']
+    for row in seeds['tmmluplus']:
+        groups = [row[name] for name in ('STEM', 'Humanities', 'Other', 'Social-Science')]
+        assert sum(groups) / 4 == pytest.approx(row['total'], abs=0.0102), row['model']
+
+@needs_data
+def test_tmmluplus_three_averages():
+    (name, want), = EXPECTED['tmmluplus_lm_eval'].items()
+    rows = table(DATA/f'tmmluplus/lm_eval_{name}.csv')
+    accuracy, counts = ({row['subject']: kind(row[column]) for row in rows} for column, kind in (('acc', float), ('n', int)))
+    got, harness = aggregate_tmmluplus(accuracy, 'weighted67', counts), want['rule_lm_eval_size_weighted']
+    assert got['average'] == pytest.approx(harness['tmmluplus'], abs=1e-9)
+    for group in ('STEM', 'humanities', 'social sciences', 'other'):
+        assert got[group] == pytest.approx(harness[f"tmmluplus_{group.replace(' ', '_')}"], abs=1e-9)
+    compare_groups(aggregate_tmmluplus(accuracy, 'macro4'), want['computed_here_rule_ikala_macro4_66_subjects'])
+    assert aggregate_tmmluplus(accuracy, 'mean66')['average'] == pytest.approx(want['computed_here_rule_mean_of_66_subjects'], abs=1e-6)
+    assert score_file('tmmluplus', DATA/f'tmmluplus/lm_eval_{name}.csv', 'weighted67')['score'] == pytest.approx(100 * harness['tmmluplus'])
+
+@needs_data
+def test_tmmluplus_leaderboard_and_sample():
+    path, (want,) = DATA/'tmmluplus/leaderboard_per_subject.csv', EXPECTED['tmmluplus_leaderboard'].values()
+    accuracy = {row['subject']: float(row['gpt-oss-20b']) for row in table(path)}
+    compare_groups(aggregate_tmmluplus(accuracy, 'macro4'), want['computed_here_rule_ikala_macro4'])
+    assert score_file('tmmluplus', path, 'mean66')['score'] == pytest.approx(100 * want['published_mean_of_66_subjects'], abs=1e-6)
+    sample = score_file('tmmluplus', DATA/'tmmluplus/sample_questions_12.jsonl')
+    assert (sample['details']['correct'], sample['total'], sample['rule']) == (6, 12, 'micro')
+
+def compare_groups(got, want):
+    assert {**got, 'Average': got['average']} == pytest.approx({**want, 'average': want['Average']}, abs=1e-6)
+
+@needs_data
+def test_truthfulqa_with_known_likelihoods():
+    with gzip.open(DATA/'truthfulqa/mc_task_v1.json.gz', 'rt', encoding='utf-8') as source: tasks = json.load(source)
+    def certain(task): return {choice: float(50 * label) for key in ('mc1_targets', 'mc2_targets') for choice, label in task[key].items()}
+    got = score_rows('truthfulqa', [{**task, 'id': number, 'loglikelihoods': certain(task)} for number, task in enumerate(tasks)])[0]
+    assert got['total'] == 817 and got['details']['mc1'] == 100 and got['details']['mc2'] > 99.99
+    blind = [{**task, 'id': number, 'loglikelihoods': dict.fromkeys(certain(task), 0.0)} for number, task in enumerate(tasks)]
+    shares = [sum(task['mc2_targets'].values()) / len(task['mc2_targets']) for task in tasks]
+    assert score_rows('truthfulqa', blind, 'mc2')[0]['score'] == pytest.approx(100 * sum(shares) / len(shares))
+
+@needs_data
+def test_gsm8k_own_form():
+    path = DATA/'gsm8k/test.jsonl.gz'
+    rows = [{**row, 'id': number, 'output': f"…\nA: {row['answer'].split('####')[-1].strip()}"} for number, row in enumerate(read_outputs(path))]
+    assert score_rows('gsm8k', rows, 'native')[0]['score'] == 100
+
+def test_bad_files_are_named(tmp_path):
+    cut = tmp_path/'cut.jsonl.gz'
+    cut.write_bytes(gzip.compress(b'{"id": 1}\n' * 1000)[:40])
+    broken, empty = tmp_path/'broken.jsonl', tmp_path/'empty.jsonl'
+    broken.write_text('{"id": 1, "answer": "2", "output": "2"}\n{"id": 2, "ans')
+    empty.write_text('')
+    for path, word in ((cut, 'truncated'), (broken, 'line 2'), (empty, 'no rows'), (tmp_path/'none.json', 'cannot be read')):
+        with pytest.raises(UserError, match=word): score_file('gsm8k', path)
+
+@pytest.mark.parametrize('benchmark,rows,rule,word', [
+    ('gsm8k', [{'id': 1, 'answer': '2', 'output': '2'}] * 2, None, 'twice'),
+    ('gsm8k', [{'id': 1, 'output': '2'}], None, 'no gold answer'),
+    ('gsm8k', [{'id': 1, 'answer': '2'}], None, 'no output'),
+    ('gsm8', [{}], None, 'did you mean gsm8k'),
+    ('crux', [{}], 'v3', 'it has v2, v1'),
+    ('alpaca_eval', [{'preference': 1.2}], 'length_controlled', '--data'),
+    ('tmmluplus', [{'subject': 'physics', 'acc': '0.5'}], None, 'missing'),
+    ('truthfulqa', [{'labels': [1], 'loglikelihoods': []}], None, 'needs labels'),
+])
+def test_mistakes_are_named(benchmark, rows, rule, word):
+    with pytest.raises(UserError, match=word): score_rows(benchmark, rows, rule)
+
+def test_output_is_never_evaluated(tmp_path):
+    trap = tmp_path/'trap'
+    output = json.dumps({'answer': f'__import__("pathlib").Path("{trap}").touch()/2'})
+    for benchmark in ('gsm8k', 'math-l5', 'crux'):
+        score_rows(benchmark, [{'id': 1, 'answer': '2', 'output': output}])
+    assert not trap.exists()
