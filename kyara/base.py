@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KNOWN_SETS', 'ROLES', 'QUESTION_COLUMNS', 'ANSWER_COLUMNS', 'LIMITS', 'LEFTOVERS', 'REFUSALS', 'ASKS_FOR_LANGUAGE',
-           'RULES', 'UNIT', 'OPTION', 'LENGTHS', 'source_name', 'public_messages', 'adapt', 'read_source', 'answers_of',
-           'prose_of', 'broken_turns', 'bad_length', 'repetition', 'broken_markup', 'template_leftover', 'refusal',
-           'simplified_script', 'language_mismatch', 'mainland_words', 'quality_reason', 'drop_low_quality',
+           'RULES', 'UNIT', 'ASKING', 'OPTION', 'LENGTHS', 'source_name', 'public_messages', 'adapt', 'read_source',
+           'answers_of', 'prose_of', 'broken_turns', 'bad_length', 'repetition', 'broken_markup', 'template_leftover',
+           'refusal', 'simplified_script', 'language_mismatch', 'mainland_words', 'quality_reason', 'drop_low_quality',
            'to_taiwan', 'compact', 'compared_text', 'drop_exact', 'NearIndex', 'drop_near', 'units', 'unit_grams',
            'item_text', 'ItemIndex', 'read_items', 'drop_contaminated', 'sample_source', 'split_rows', 'make_base',
            'describe_rows', 'load_tokenizer', 'plot_statistics']
@@ -56,13 +56,15 @@ def public_messages(
     if question is None or answer is None: return None
     extra = raw.get('input')
     if isinstance(extra, str) and extra.strip(): question = f'{question}\n\n{extra}'
-    return _turns([{'role': 'user', 'content': question}, {'role': 'assistant', 'content': answer}], raw.get('system'))
+    turns = [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': answer}]
+    return _turns(turns, raw.get('system'))
 
 def _turns(turns, system):
     if not all(isinstance(turn, dict) for turn in turns): return None
-    pairs = [(ROLES.get(str(turn.get('role') or turn.get('from')).lower()), turn.get('content', turn.get('value'))) for turn in turns]
+    roles = [ROLES.get(str(turn.get('role') or turn.get('from')).lower()) for turn in turns]
+    pairs = [(role, turn.get('content', turn.get('value'))) for role, turn in zip(roles, turns)]
     if not all(role and isinstance(content, str) for role, content in pairs): return None
-    if isinstance(system, str) and system.strip() and pairs[:1] and pairs[0][0] != 'system': pairs.insert(0, ('system', system))
+    if isinstance(system, str) and system.strip() and roles[:1] != ['system']: pairs.insert(0, ('system', system))
     return [{'role': role, 'content': content.strip()} for role, content in pairs]
 
 # %% ../nbs/13_base.ipynb #13000011
@@ -73,18 +75,22 @@ def adapt(
 ) -> dict: # A dialogue row; dropped as `unknown_layout` if it cannot become one
     "Turn a row of any source into ours."
     messages = public_messages(raw)
-    if messages is None: return drop(_row_without_turns(raw, name, license), 'unknown_layout', json.dumps(raw, ensure_ascii=False, default=str)[:500])
+    if messages is None: return drop(_row_without_turns(raw, name, license), 'unknown_layout', _as_json(raw)[:500])
     if {'id', 'task', 'meta'} <= raw.keys() and isinstance(raw['meta'], dict):
         return {'id': str(raw['id']), 'messages': messages, 'task': str(raw['task']), 'meta': raw['meta']}
     known = KNOWN_SETS.get(name, {})
     answer = messages[-1]['content'] if messages else ''
-    return dialogue(messages, known.get('task', 'public'), stage='base', source=name, model=str(raw.get('model') or known.get('model', '')),
+    return dialogue(messages, known.get('task', 'public'), stage='base', source=name,
+                    model=str(raw.get('model') or known.get('model', '')),
                     license=str(raw.get('license') or license or known.get('license', 'unknown')),
                     lang=known.get('lang') or detect_language(answer))
 
 def _row_without_turns(raw, name, license):
     empty = dialogue([], 'public', stage='base', source=name, license=license or 'unknown')
-    return {**empty, 'id': content_hash(json.dumps(raw, ensure_ascii=False, sort_keys=True, default=str))}
+    return {**empty, 'id': content_hash(_as_json(raw))}
+
+def _as_json(raw):
+    return json.dumps(raw, ensure_ascii=False, sort_keys=True, default=str)
 
 # %% ../nbs/13_base.ipynb #13000013
 def read_source(
@@ -96,13 +102,15 @@ def read_source(
     if str(location).startswith('hf:'): return (adapt(raw, name, license) for raw in _stream_set(name))
     path = resolve_path(location)
     if path.is_file() and '.jsonl' in path.name: return _lines(path, name, license)
-    if path.suffix == '.json': return (adapt(raw, name, license) for raw in _stream_set('json', data_files=str(path)))
-    return (adapt(raw, name, license) for raw in read_rows(path))
+    rows = _stream_set('json', data_files=str(path)) if path.suffix == '.json' else read_rows(path)
+    return (adapt(raw, name, license) for raw in rows)
 
 def _lines(path, name, license):
     for number, raw, line in read_jsonl(path):
-        if raw is None: yield drop(_row_without_turns({'line': line}, name, license), 'malformed', f'line {number}: {line[:200]}')
-        else: yield adapt(raw, name, license)
+        if raw is not None: yield adapt(raw, name, license)
+        else:
+            row = _row_without_turns({'line': line}, name, license)
+            yield drop(row, 'malformed', f'line {number}: {line[:200]}')
 
 def _stream_set(name, **arguments):
     from datasets import load_dataset
@@ -143,7 +151,8 @@ def bad_length(row: dict, limits: dict) -> str: # The length that is out of boun
     "Demand an answer, and no book."
     shortest = min(len(turn['content'].strip()) for turn in row['messages'] if turn['role'] == 'assistant')
     total = sum(len(turn['content']) for turn in row['messages'])
-    return f'{shortest} characters' if shortest < limits['min_chars'] else f'{total} characters' if total > limits['max_chars'] else ''
+    if shortest < limits['min_chars']: return f'{shortest} characters'
+    return f'{total} characters' if total > limits['max_chars'] else ''
 
 def repetition(row: dict, limits: dict) -> str: # The repeated run, or the share of repeats
     "Find answers that go round in circles."
@@ -155,11 +164,12 @@ def repetition(row: dict, limits: dict) -> str: # The repeated run, or the share
     return f'{share:.2f} of the 10-grams are repeats' if share > limits['max_repetition'] else ''
 
 # %% ../nbs/13_base.ipynb #13000020
-LEFTOVERS = re.compile(r'\[\[\w+\]\]|\{\{\s*\w+\s*\}\}|<\|?/?(?:im_start|im_end|endoftext|eot_id|start_header_id)\|?>|</?(?:start_of_turn|end_of_turn)>'
-                       r'|\[/?INST\]|###\s*(?:Instruction|Response|Human|Assistant)|# 任務：|<(?:document|reference|text|question)>|文件ID:')
-REFUSALS = re.compile(r'^(?:很?抱歉|對不起|对不起|不好意思)[，,]?\s*(?:但|不過)?\s*(?:我|身為|作為).{0,12}(?:無法|不能|沒辦法|无法)'
+LEFTOVERS = re.compile(r'\[\[\w+\]\]|\{\{\s*\w+\s*\}\}|<\|(?:im_start|im_end|endoftext|eot_id|start_header_id)\|>'
+                       r'|</?(?:start_of_turn|end_of_turn)>|\[/?INST\]|###\s*(?:Instruction|Response|Human|Assistant)'
+                       r'|# 任務：|<(?:document|reference|text|question)>|文件ID:')
+REFUSALS = re.compile(r'^(?:很?抱歉|對不起|对不起|不好意思)[，,]?\s*(?:但|不過)?\s*(?:我|身為|作為).{0,12}(?:[無无]法|不能|沒辦法)'
                       r'|(?:作為|身為|作为)一?[個个名]?(?:AI|人工智慧|人工智能|語言模型|语言模型)|只是一個語言模型|^參考文件缺乏與問題相關資訊$'
-                      r"|\bAs an AI\b|^I(?:'m| am) sorry, but I|^I (?:cannot|can't) (?:assist|help|fulfil)", re.MULTILINE)
+                      r"|\bAs an AI\b|^I(?:'m| am) sorry, but I|^I can(?:no|')t (?:assist|help|fulfil)", re.MULTILINE)
 
 def broken_markup(row: dict, limits: dict) -> str: # The first mark without its partner
     "Find fences, citations, tags and encodings that are broken."
@@ -183,7 +193,7 @@ def refusal(row: dict, limits: dict) -> str: # The words of refusal
     return found[0] if found else ''
 
 # %% ../nbs/13_base.ipynb #13000023
-ASKS_FOR_LANGUAGE = re.compile(r'翻譯|翻成|翻译|譯成|英文|英語|英语|日文|中文|[Tt]ranslat|in (?:English|Chinese|Japanese|French|German|Spanish)')
+ASKS_FOR_LANGUAGE = re.compile(r'翻[譯译成]|譯成|[英日中]文|英[語语]|[Tt]ranslat|in (?:English|Chinese|Japanese|French|German)')
 
 def simplified_script(row: dict, limits: dict) -> str: # 'zh-CN'
     "Find answers in Simplified characters."
@@ -200,20 +210,21 @@ def language_mismatch(row: dict, limits: dict) -> str: # Both languages
 def mainland_words(row: dict, limits: dict) -> str: # The words, with what Taiwan says
     "Find answers in the vocabulary of the Mainland."
     text = prose_of(answers_of(row))
-    found = [finding for finding in lint_taiwan(text) if finding.confidence >= 0.8 and finding.kind == 'vocabulary']
+    words = [finding for finding in lint_taiwan(text) if finding.kind == 'vocabulary']
+    found = [finding for finding in words if finding.confidence >= 0.8]
     if len(found) < 2 or 100 * len(found) / len(text) <= limits['max_lint']: return ''
     return '、'.join(f'{finding.text}→{finding.suggestion}' for finding in found[:5])
 
 # %% ../nbs/13_base.ipynb #13000024
 RULES: dict[str, Callable[[dict, dict], str]] = {
-    'broken_turns': broken_turns, 'bad_length': bad_length, 'broken_markup': broken_markup, 'template_leftover': template_leftover,
-    'repetition': repetition, 'refusal': refusal, 'simplified_script': simplified_script, 'language_mismatch': language_mismatch,
-    'mainland_words': mainland_words}
+    'broken_turns': broken_turns, 'bad_length': bad_length, 'broken_markup': broken_markup,
+    'template_leftover': template_leftover, 'repetition': repetition, 'refusal': refusal,
+    'simplified_script': simplified_script, 'language_mismatch': language_mismatch, 'mainland_words': mainland_words}
 
 def quality_reason(
     row: dict, # A dialogue
     limits: dict, # As `LIMITS`
-) -> tuple[str, str]: # Name of the first rule that finds something, and what it found; two empty strings if none does
+) -> tuple[str, str]: # The first rule that finds something, and what it found; ('', '') if none does
     "Say why a row is not good enough."
     for name, rule in RULES.items():
         evidence = rule(row, limits)
@@ -227,7 +238,7 @@ def drop_low_quality(
 ) -> Iterator[dict]: # All of them; those that break a rule carry its name
     "Apply the quality rules."
     unknown = limits.keys() - LIMITS.keys()
-    if unknown: raise UserError(f"limits has the unknown key {', '.join(sorted(unknown))}; known are {', '.join(LIMITS)}")
+    if unknown: raise UserError(f"limits has no {', '.join(sorted(unknown))}; it has {', '.join(LIMITS)}")
     limits = {**LIMITS, **limits}
     for row in rows:
         reason, evidence = ('', '') if 'drop_reason' in row else quality_reason(row, limits)
@@ -238,7 +249,7 @@ def to_taiwan(
     row: dict, # A dialogue
 ) -> dict: # The same in Taiwan's script and words; the row itself if its answers are not Simplified
     "Rewrite a Simplified row."
-    if 'drop_reason' in row or not row['messages'] or detect_language(prose_of(answers_of(row))) != 'zh-CN': return row
+    if 'drop_reason' in row or not simplified_script(row, LIMITS): return row
     messages = [{**turn, 'content': fix_taiwan(to_traditional(turn['content']))} for turn in row['messages']]
     return dialogue(messages, row['task'], **{**row['meta'], 'lang': 'zh-TW', 'parent_ids': [row['id']]})
 
@@ -286,13 +297,15 @@ class NearIndex:
         "Sign a text."
         from datasketch import MinHash
         signature = MinHash(self.permutations, hashfunc=zlib.crc32)
-        signature.update_batch([gram.encode() for gram in sorted({text[start:start + self.ngram] for start in range(max(1, len(text) - self.ngram + 1))})])
+        grams = {text[start:start + self.ngram] for start in range(max(1, len(text) - self.ngram + 1))}
+        signature.update_batch([gram.encode() for gram in grams])
         return signature
 
-    def nearest(self, signature, group: str) -> tuple[str, float]: # Id and similarity; '' and 0.0 if nothing is near
+    def nearest(self, signature, group: str) -> tuple[str, float]: # Id and similarity, ('', 0.0) if nothing is near
         "Find the most similar text of the same group."
-        near = [key for key in self.buckets.query(signature) if key[0] == group]
-        return max(((key[1], signature.jaccard(self.signatures[key])) for key in sorted(near)), key=lambda pair: pair[1], default=('', 0.0))
+        near = sorted(key for key in self.buckets.query(signature) if key[0] == group)
+        pairs = [(key[1], signature.jaccard(self.signatures[key])) for key in near]
+        return max(pairs, key=lambda pair: pair[1], default=('', 0.0))
 
     def add(self, row_id: str, signature, group: str):
         "Remember a text."
@@ -303,7 +316,7 @@ class NearIndex:
 def drop_near(
     rows: Iterable[dict], # Dialogues
     threshold: float = 0.7, # Similarity of duplicates, 0 to 1
-    borderline: list | None = None, # Gets (similarity, id, other id) of the pairs that were close to the threshold
+    borderline: list | None = None, # Gets (similarity, id, other id) of pairs close to the threshold
 ) -> Iterator[dict]: # All of them; near duplicates carry `near_duplicate`, the other's id and the similarity
     "Find rows that say almost the same as an earlier one."
     index = NearIndex(threshold=max(0.3, threshold - 0.15))
@@ -313,13 +326,15 @@ def drop_near(
             group = ' '.join(re.findall(r'\d+(?:\.\d+)?', text)) if row['task'] == 'math' else ''
             signature = index.signature(text)
             other, similarity = index.nearest(signature, group)
-            if borderline is not None and abs(similarity - threshold) < 0.15: borderline.append((round(similarity, 2), row['id'], other))
+            close = abs(similarity - threshold) < 0.15
+            if close and borderline is not None: borderline.append((round(similarity, 2), row['id'], other))
             if similarity >= threshold: row = drop(row, 'near_duplicate', f'{other} {similarity:.2f}')
             else: index.add(row['id'], signature, group)
         yield row
 
 # %% ../nbs/13_base.ipynb #13000039
 UNIT = re.compile(r'[a-z]+|\d+(?:\.\d+)?|[^\W_]')
+ASKING = {*'哪何谁什么几吗怎多少', 'what', 'which', 'who', 'whom', 'when', 'where', 'why', 'how'} # Folded
 OPTION = re.compile(r'\n+|(?<![A-Za-z0-9])[(（]?[A-J][)）.．、:：]')
 
 def units(
@@ -331,17 +346,20 @@ def units(
 def unit_grams(
     text: str, # An item or a message
     ngram: int = 5, # Units an n-gram
+    asking: bool = False, # Only those with a question word
 ) -> set[int]: # Hashes, of use in this process only
     "Hash the n-grams of units inside lines and options."
     parts = [units(part) for part in OPTION.split(text)]
-    return {hash(tuple(part[start:start + ngram])) for part in parts for start in range(len(part) - ngram + 1)}
+    grams = (part[start:start + ngram] for part in parts for start in range(len(part) - ngram + 1))
+    return {hash(tuple(gram)) for gram in grams if not asking or not ASKING.isdisjoint(gram)}
 
 def item_text(
     item: dict, # A dialogue, a transcript or preference, or a raw benchmark row
 ) -> str: # What a model is asked
     "Find the question of an evaluation item."
     turns = item.get('messages') or item.get('prompt')
-    if isinstance(turns, list): return next((turn['content'] for turn in reversed(turns) if turn['role'] == 'user'), '')
+    asked = [turn['content'] for turn in turns if turn['role'] == 'user'] if isinstance(turns, list) else []
+    if asked: return asked[-1]
     named = [item[name] for name in (*QUESTION_COLUMNS, 'text') if isinstance(item.get(name), str)]
     return named[0] if named else ''
 
@@ -356,11 +374,11 @@ class ItemIndex:
         for name, text in items:
             grams = unit_grams(text)
             if len(grams) < 3: self.too_short.append(name)
-            else: self._add(name, grams, max(share * len(grams), min(len(grams), 8)), self.numbers(text))
+            else: self._add(name, text, grams, max(share * len(grams), min(len(grams), 8)))
 
-    def _add(self, name, grams, needed, numbers):
+    def _add(self, name, text, grams, needed):
         for gram in grams: self.where[gram].append(len(self.items))
-        self.items.append((name, needed, numbers))
+        self.items.append((name, needed, self.numbers(text), unit_grams(text, 2, asking=True)))
 
     def numbers(self, text: str) -> Counter:
         "Count the numbers of a text."
@@ -370,8 +388,9 @@ class ItemIndex:
         "Find an item inside a text."
         found = Counter(number for gram in unit_grams(text) for number in self.where.get(gram, ()))
         enough = [self.items[number] for number, count in found.items() if count >= self.items[number][1]]
-        numbers = self.numbers(text) if enough else Counter()
-        return min((name for name, _, demanded in enough if not demanded - numbers), default='')
+        numbers, asked = (self.numbers(text), unit_grams(text, 2)) if enough else (Counter(), set())
+        return min((name for name, _, demanded, asking in enough
+                    if not demanded - numbers and (not asking or asked & asking)), default='')
 
 # %% ../nbs/13_base.ipynb #13000042
 def read_items(
@@ -381,7 +400,8 @@ def read_items(
     for location in held_out:
         path = resolve_path(location)
         for number, item in enumerate(read_rows(path, 'held_out')):
-            yield f"{source_name(location)}/{item.get('id') or item.get('item_id') or number}", item_text(item)
+            name = item.get('id') or item.get('item_id') or number
+            yield f'{source_name(location)}/{name}', item_text(item)
 
 def drop_contaminated(
     rows: Iterable[dict], # Dialogues
@@ -389,7 +409,8 @@ def drop_contaminated(
 ) -> Iterator[dict]: # All of them; those that contain an item carry `contaminated` and the item's name
     "Find rows that give an evaluation item away."
     for row in rows:
-        found = '' if 'drop_reason' in row else next((name for turn in row['messages'] if (name := index.find(turn['content']))), '')
+        turns = [] if 'drop_reason' in row else row['messages']
+        found = next(filter(None, (index.find(turn['content']) for turn in turns)), '')
         yield drop(row, 'contaminated', found) if found else row
 
 # %% ../nbs/13_base.ipynb #13000045
@@ -403,11 +424,14 @@ def sample_source(
     used = 0
     for row in rows:
         if 'drop_reason' in row: yield row
-        elif int(content_hash([seed, row['id']], 8), 16) >= weight * 16 ** 8: yield drop(row, 'not_sampled', f'weight {weight}')
+        elif _lot(seed, row) >= weight: yield drop(row, 'not_sampled', f'weight {weight}')
         elif cap and used >= cap: yield drop(row, 'over_cap', f'cap {cap}')
         else:
             used += 1
             yield row
+
+def _lot(seed, row):
+    return int(content_hash([seed, row['id']], 8), 16) / 2 ** 32
 
 # %% ../nbs/13_base.ipynb #13000047
 def split_rows(
@@ -429,14 +453,15 @@ def split_rows(
 def _flush(waiting, parts, name, out_dir):
     folder = Path(out_dir) / name
     folder.mkdir(parents=True, exist_ok=True)
-    write_shard(waiting[name], folder / f'part-{parts[name]:05d}.parquet', row_schema('dialogue', name == 'dropped'))
+    schema = row_schema('dialogue', name == 'dropped')
+    write_shard(waiting[name], folder / f'part-{parts[name]:05d}.parquet', schema)
     parts[name] += 1
     waiting[name] = []
 
 # %% ../nbs/13_base.ipynb #13000048
 def make_base(
     out_dir: str | Path, # Folder of the stage
-    sources: list[str], # Stage folders, row files, `sample:NAME`, `hf:NAME`; of two duplicates the earlier source's stays
+    sources: list[str], # Stage folders, row files, `sample:NAME`, `hf:NAME`; the first of two duplicates stays
     weights: dict, # Source name to the share of its rows
     caps: dict, # Source name to the most rows
     licenses: dict, # Source name to the licence of a public set
@@ -449,7 +474,7 @@ def make_base(
 ) -> Counter: # 'kept' and every drop reason
     "Stream all sources through all filters."
     _check_names(sources, weights, caps, licenses)
-    if simplified not in ('drop', 'convert'): raise UserError(f"simplified is {simplified!r}; it may be 'drop' or 'convert'")
+    if simplified not in ('drop', 'convert'): raise UserError(f"simplified must be 'drop' or 'convert', not {simplified!r}")
     items = ItemIndex(read_items(held_out))
     def clean_source(location):
         name = source_name(location)
@@ -464,7 +489,7 @@ def _check_names(sources, *tables):
     names = [source_name(location) for location in sources]
     if not names: raise UserError('sources is empty; name at least one')
     unknown = sorted({name for table in tables for name in table} - set(names))
-    if unknown: raise UserError(f"there is no source named {', '.join(unknown)}; there are {', '.join(names)}")
+    if unknown: raise UserError(f"no source is named {', '.join(unknown)}; there are {', '.join(names)}")
 
 # %% ../nbs/13_base.ipynb #13000050
 LENGTHS = [0, 50, 100, 200, 400, 800, 1600, 3200, 6400]
@@ -479,19 +504,23 @@ def describe_rows(
     for batch in batched(rows, 1000):
         for row, length in zip(batch, _lengths(batch, counter), strict=True):
             meta = row['meta']
-            source, language = meta.get('source') or meta.get('stage') or 'unknown', meta.get('lang', 'unknown')
+            source = meta.get('source') or meta.get('stage') or 'unknown'
+            language = meta.get('lang', 'unknown')
             total.update(dialogues=1, tokens=length)
             by_source[source][language] += 1
             for table, key in [('sources', source), ('tasks', row['task']), ('languages', language),
-                               ('licenses', meta.get('license', 'unknown')), ('models', meta.get('model') or 'unknown'),
+                               ('licenses', meta.get('license', 'unknown')),
+                               ('models', meta.get('model') or 'unknown'),
                                ('rounds', sum(turn['role'] == 'assistant' for turn in row['messages'])),
-                               ('lengths', max(start for start in LENGTHS if start <= length))]: tables[table][key] += 1
-    return {'dialogues': total['dialogues'], 'tokens': total['tokens'], 'unit': 'tokens' if tokenizer else 'characters',
-            **{name: _sorted(table) for name, table in tables.items()}, 'languages_by_source': {name: _sorted(by_source[name]) for name in sorted(by_source)}}
+                               ('lengths', max(start for start in LENGTHS if start <= length))]:
+                tables[table][key] += 1
+    languages = {name: _sorted(by_source[name]) for name in sorted(by_source)}
+    return {**total, 'unit': 'tokens' if tokenizer else 'characters',
+            **{name: _sorted(table) for name, table in tables.items()}, 'languages_by_source': languages}
 
 def _lengths(rows, counter):
     texts = ['\n'.join(turn['content'] for turn in row['messages']) for row in rows]
-    return [len(ids) for ids in counter(texts, add_special_tokens=False)['input_ids']] if counter else [len(text) for text in texts]
+    return list(map(len, counter(texts, add_special_tokens=False)['input_ids'] if counter else texts))
 
 def _sorted(table):
     return {str(key): table[key] for key in sorted(table)}
@@ -503,7 +532,8 @@ def load_tokenizer(
     "Load a tokenizer from a folder."
     from transformers import AutoTokenizer
     try: return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error: raise UserError(f'{folder} holds no tokenizer: {str(error).splitlines()[0]}') from None
+    except (OSError, ValueError) as error:
+        raise UserError(f'{folder} holds no tokenizer: {str(error).splitlines()[0]}') from None
 
 # %% ../nbs/13_base.ipynb #13000053
 def plot_statistics(

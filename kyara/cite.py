@@ -22,8 +22,8 @@ REFUSAL = '參考文件缺乏與問題相關資訊'
 VERDICTS = ('supported', 'contradicted', 'unsupported', 'unknown_id', 'uncited')
 ID = r'(?:文件)?(?:ID|id|Id)?[:：]? ?[A-Za-z0-9][A-Za-z0-9_.#:-]{1,63}'
 GIVEN = r'(?:文件ID[:：] ?)?id_[0-9a-f]{6,}'
-CITED = re.compile(rf'\s*【\s*({ID}(?:\s*[,，、;；/ ]\s*{ID})*)\s*】'
-                   rf'|\s*[\[［(（]\s*({GIVEN}(?:\s*[,，、;；]\s*{GIVEN})*)\s*[\]］)）]')
+CITED = re.compile(rf'\s{{0,3}}【\s{{0,3}}({ID}(?:\s*[,，、;；/ ]\s*{ID})*)\s*】'
+                   rf'|\s{{0,3}}[\[［(（]\s{{0,3}}({GIVEN}(?:\s*[,，、;；]\s*{GIVEN})*)\s*[\]］)）]')
 
 @dataclass(frozen=True)
 class Claim:
@@ -76,7 +76,7 @@ def _line_claims(line):
 
 def _citations_inside(line):
     "Bring 。【id】 into the form 【id】。, so that a citation stays with its sentence."
-    return re.sub(rf'([。！？!?.…]+[」』”）)]*)((?:{CITED.pattern})+)', lambda match: match[2] + match[1], line)
+    return re.sub(rf'(?<![。！？!?.…])([。！？!?.…]+[」』”）)]*)((?:{CITED.pattern})+)', lambda match: match[2] + match[1], line)
 
 def _clean(text):
     return text.strip().strip('，,；;、。.！!… ').strip()

@@ -4,25 +4,25 @@
 
 # %% auto #0
 __all__ = ['TAG_PROMPT', 'OPENINGS', 'CLOSINGS', 'COMPLETE', 'JUDGE_PROMPT', 'REWRITE_PROMPT', 'CITATION', 'CARD', 'KNOWN_LIMITS',
-           'context_of', 'question_of', 'Tags', 'merge_tags', 'tag_statistics', 'style_faults', 'style_score',
-           'Judgement', 'judge_rows', 'RewardModel', 'score_rows', 'rank_correlation', 'percentiles', 'Candidate',
-           'candidate', 'place_candidates', 'select', 'rewrite_problem', 'with_answer', 'rewrite_rows', 'StyleMeter',
-           'style_spread', 'markdown_table', 'earlier_filters', 'size_category', 'example_of', 'data_card', 'curate',
-           'agreement']
+           'context_of', 'last_answer', 'question_of', 'Tags', 'merge_tags', 'tag_statistics', 'style_faults',
+           'style_score', 'Judgement', 'judge_rows', 'RewardModel', 'score_rows', 'rank_correlation', 'percentiles',
+           'Candidate', 'candidate', 'place_candidates', 'select', 'rewrite_problem', 'with_answer', 'rewrite_rows',
+           'StyleMeter', 'style_spread', 'markdown_table', 'count_table', 'earlier_filters', 'size_category',
+           'example_of', 'data_card', 'curate', 'agreement']
 
 # %% ../nbs/14_curation.ipynb #14000002
 import json, math, re, shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, combinations
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from .base import LIMITS, answers_of, compact, describe_rows, drop_low_quality, prose_of, quality_reason, read_source
+from .base import LIMITS, compact, describe_rows, drop_low_quality, prose_of, quality_reason, read_source
 from .base import split_rows, units
-from .core import UserError, batched, content_hash, details, dialogue, drop, read_rows, write_text
+from .core import UserError, batched, content_hash, details, dialogue, drop, pack_meta, read_rows, write_text
 from .llm import Client, open_client, render_prompt
 from .mathgen import final_answer, same_answer
 from .zh import fold_script, lint_taiwan
@@ -36,6 +36,10 @@ def context_of(
     if len(turns) == 1: return turns[0]['content']
     names = {'system': '系統', 'user': '使用者', 'assistant': '助理'}
     return '\n\n'.join(f"{names[turn['role']]}：{turn['content']}" for turn in turns)
+
+def last_answer(row: dict) -> str: # The answer that is scored and rewritten
+    "Give the last turn."
+    return row['messages'][-1]['content']
 
 def question_of(
     row: dict, # A dialogue
@@ -63,21 +67,21 @@ def merge_tags(
     min_count: int = 2, # Rarer ones go
 ) -> dict[str, str]: # Each tag as written to its final form, '' if it goes
     "Normalise the vocabulary of tags."
-    spellings = defaultdict(Counter)
-    for tag, count in counts.items(): spellings[compact(tag)][tag.strip()] += count
-    totals = {form: table.total() for form, table in spellings.items() if form}
+    forms, spellings = {tag: tuple(units(tag)) for tag in counts}, defaultdict(Counter)
+    for tag, form in forms.items(): spellings[form][tag.strip()] += counts[tag]
     joined, ends = {}, {}
-    for form in sorted(totals, key=lambda form: (-totals[form], form)):
-        parts = tuple(units(form))
-        joined[form] = next((ends[piece] for piece in _ends(parts) if piece in ends), form)
-        if joined[form] == form: ends.update({piece: form for piece in _ends(parts) if piece not in ends})
-    merged = Counter()
-    for form, head in joined.items(): merged[head] += totals[form]
-    names = {head: max(sorted(spellings[head]), key=lambda tag: spellings[head][tag]) for head in merged if merged[head] >= min_count}
-    return {tag: names.get(joined.get(compact(tag)), '') for tag in counts}
+    for form in sorted(filter(None, spellings), key=lambda form: (-spellings[form].total(), form)):
+        pieces = _ends(form)
+        joined[form] = next((ends[piece] for piece in pieces if piece in ends), form)
+        for piece in pieces if joined[form] == form else []: ends.setdefault(piece, form)
+    totals = Counter()
+    for form, head in joined.items(): totals[head] += spellings[form].total()
+    names = {head: max(sorted(spellings[head]), key=spellings[head].get) for head in totals if totals[head] >= min_count}
+    return {tag: names.get(joined.get(form), '') for tag, form in forms.items()}
 
-def _ends(parts):
-    pieces = [parts[:size] for size in range(len(parts), 0, -1)] + [parts[-size:] for size in range(len(parts) - 1, 0, -1)]
+def _ends(form):
+    sizes = range(len(form), 0, -1)
+    pieces = [form[:size] for size in sizes] + [form[-size:] for size in sizes]
     return [piece for piece in pieces if len(piece) > 1 or piece[0].isascii()]
 
 # %% ../nbs/14_curation.ipynb #14000010
@@ -91,22 +95,29 @@ def tag_statistics(
         counts.update(names)
     total = counts.total()
     entropy = -sum(count / total * math.log(count / total) for count in counts.values())
-    return {'rows': rows, 'tags': len(counts), 'complexity': round(total / max(rows, 1), 2), 'diversity': round(math.exp(entropy), 1)}
+    complexity, diversity = round(total / max(rows, 1), 2), round(math.exp(entropy), 1)
+    return {'rows': rows, 'tags': len(counts), 'complexity': complexity, 'diversity': diversity}
 
 # %% ../nbs/14_curation.ipynb #14000013
-OPENINGS = re.compile(r'^\s*(?:好的|當然|沒問題|以下是|這是一個(?:很)?(?:好|有趣)|感謝|您好|你好|Sure|Certainly|Of course|Great question|Here (?:is|are))[，,！!：: ]')
-CLOSINGS = re.compile(r"(?:希望(?:這|以上|對).{0,12}(?:幫助|有用)|如(?:果)?(?:你|您)?(?:還)?有.{0,8}(?:問題|疑問)|[Hh]ope (?:this|that) helps|[Ll]et me know if).{0,20}$")
+OPENINGS = re.compile(r'^\s*(?:好的|當然|沒問題|以下是(?:我的)?(?:回答|答案|說明)?|這是一個很?(?:好|有趣)|感謝|[您你]好'
+                      r'|Sure|Certainly|Of course|Great question|Here (?:is|are))[，,！!：: ]')
+CLOSINGS = re.compile(r'(?:希望(?:這|以上|對).{0,12}(?:幫助|有用)|如果?[你您]?還?有.{0,8}(?:問題|疑問)'
+                      r'|[Hh]ope (?:this|that) helps|[Ll]et me know if).{0,20}$')
 COMPLETE = re.compile(r'(?:[。！？.!?」』）)】:：;`|$]|答案：.*|\d+|[-*]\s.*|歡迎.*)$')
 
 def style_faults(
     row: dict, # A dialogue
 ) -> dict[str, float]: # Name of each fault to what it costs
     "Find what a good writer would not do."
-    answer = row['messages'][-1]['content'].strip()
-    words = [finding for finding in lint_taiwan(prose_of(answer)) if finding.confidence >= 0.8] if row['meta'].get('lang', 'zh-TW')[:2] == 'zh' else []
-    faults = {'filler opening': 0.25 * bool(OPENINGS.search(answer)), 'filler closing': 0.25 * bool(CLOSINGS.search(answer)),
-              'unfinished': 0.2 * (not COMPLETE.search(answer) and row['task'] not in ('rag_refusal', 'system_prompt')),
-              'shouting': 0.1 * (answer.count('！') + answer.count('!') > 2), 'foreign words': 0.1 * min(len(words), 4),
+    answer = last_answer(row).strip()
+    chinese = row['meta'].get('lang', 'zh-TW').startswith('zh')
+    words = [finding for finding in lint_taiwan(answer) if finding.confidence >= 0.8] if chinese else []
+    free_form = row['task'] in ('rag_refusal', 'system_prompt')
+    faults = {'filler opening': 0.25 * bool(OPENINGS.search(answer)),
+              'filler closing': 0.25 * bool(CLOSINGS.search(answer)),
+              'unfinished': 0.2 * (not free_form and not COMPLETE.search(answer)),
+              'shouting': 0.1 * (answer.count('！') + answer.count('!') > 2),
+              'foreign words': 0.1 * min(len(words), 4),
               'many headings': 0.1 * (answer.count('\n#') > 5)}
     return {name: round(cost, 2) for name, cost in faults.items() if cost}
 
@@ -142,7 +153,7 @@ def judge_rows(
     judge: Client, # Who scores
 ) -> list: # A `Parsed` each, its value a `Judgement` with a score from 1 to 10, or None
     "Have the last answers scored."
-    prompts = [render_prompt(JUDGE_PROMPT, question=context_of(row), answer=row['messages'][-1]['content']) for row in rows]
+    prompts = [render_prompt(JUDGE_PROMPT, question=context_of(row), answer=last_answer(row)) for row in rows]
     parsed = judge.ask_json(prompts, Judgement)
     for one in parsed:
         if one.value and not 1 <= one.value.score <= 10: one.value, one.problem = None, 'unparsable'
@@ -153,24 +164,26 @@ class RewardModel:
     "Scores dialogues with a sequence-classification model."
     def __init__(self, folder: str | Path): # Model and tokenizer
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        safe = {'trust_remote_code': False}
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            self.model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
+            self.model = AutoModelForSequenceClassification.from_pretrained(folder, **safe).eval()
         except (OSError, ValueError) as error:
             raise UserError(f'reward_model {folder} cannot be loaded: {str(error).splitlines()[0]}') from None
-        if self.model.config.num_labels != 1: raise UserError(f'reward_model {folder} has {self.model.config.num_labels} outputs; it must have one')
+        outputs = self.model.config.num_labels
+        if outputs != 1: raise UserError(f'reward_model {folder} has {outputs} outputs; it must have one')
         if not self.tokenizer.chat_template: raise UserError(f'reward_model {folder} has no chat template')
         if self.tokenizer.pad_token_id is None: self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model.config.pad_token_id, self.tokenizer.padding_side = self.tokenizer.pad_token_id, 'right'
+        self.tokenizer.padding_side, self.model.config.pad_token_id = 'right', self.tokenizer.pad_token_id
 
     def score(self, rows: list[dict], batch_size: int = 8, max_length: int = 4096) -> list[float]:
         "Score rows, higher is better."
         import torch
         texts = [self.tokenizer.apply_chat_template(row['messages'], tokenize=False) for row in rows]
+        how = dict(return_tensors='pt', padding=True, truncation=True, max_length=max_length, add_special_tokens=False)
         scores = []
         for batch in batched(texts, batch_size):
-            inputs = self.tokenizer(batch, return_tensors='pt', padding=True, truncation=True, max_length=max_length, add_special_tokens=False)
-            with torch.no_grad(): scores += self.model(**inputs).logits[:, 0].float().tolist()
+            with torch.no_grad(): scores += self.model(**self.tokenizer(batch, **how)).logits[:, 0].float().tolist()
         return scores
 
 # %% ../nbs/14_curation.ipynb #14000020
@@ -192,12 +205,13 @@ def score_rows(
 
 def _scored(row, tags, judged, reward):
     for name, parsed in (('tags', tags), ('judge', judged)):
-        if parsed.value is None: return drop(row, f'{name}_{parsed.problem}', parsed.reply.text or parsed.reply.error or '')
+        said = parsed.reply.text or parsed.reply.error or ''
+        if parsed.value is None: return drop(row, f'{name}_{parsed.problem}', said)
     named = list(dict.fromkeys(tag.strip() for tag in tags.value.tags if tag.strip()))
-    calls = list(dict.fromkeys([*row['meta'].get('call_ids', []), tags.reply.call_id, judged.reply.call_id]))
+    calls = [*row['meta'].get('call_ids', []), tags.reply.call_id, judged.reply.call_id]
     found = {**details(row), 'style': style_score(row), 'judge_reason': judged.value.reason}
-    meta = {**row['meta'], 'tags': named, 'call_ids': calls, 'score_judge': float(judged.value.score), 'details': json.dumps(found, ensure_ascii=False, sort_keys=True)}
-    return {**row, 'meta': meta if reward is None else {**meta, 'score_reward': reward}}
+    scores = {'score_judge': float(judged.value.score)} | ({} if reward is None else {'score_reward': reward})
+    return {**row, 'meta': pack_meta(**{**row['meta'], **scores, 'tags': named, 'call_ids': calls, 'details': found})}
 
 # %% ../nbs/14_curation.ipynb #14000023
 def rank_correlation(
@@ -208,7 +222,7 @@ def rank_correlation(
     import numpy as np
     ranks = []
     for scores in (first, second):
-        _, inverse, counts = np.unique(np.asarray(scores, dtype=float), return_inverse=True, return_counts=True)
+        _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
         ranks.append((np.cumsum(counts) - (counts - 1) / 2)[inverse])
     if len(first) < 2 or min(rank.std() for rank in ranks) == 0: return None
     return round(float(np.corrcoef(*ranks)[0, 1]), 3)
@@ -239,8 +253,10 @@ class Candidate:
 
 def candidate(row: dict) -> Candidate: # Tags as written
     "Take from a scored row what selection needs."
-    scores = {'judge': row['meta']['score_judge'], 'reward': row['meta'].get('score_reward'), 'style': details(row)['style']}
-    return Candidate(row['id'], row['task'], row['meta']['tags'], {name: score for name, score in scores.items() if score is not None})
+    meta = row['meta']
+    scores = {'judge': meta['score_judge'], 'reward': meta.get('score_reward'), 'style': details(row)['style']}
+    known = {name: score for name, score in scores.items() if score is not None}
+    return Candidate(row['id'], row['task'], meta['tags'], known)
 
 def place_candidates(
     candidates: list[Candidate], # Tags as written; tags, groups and percentiles are filled in
@@ -255,7 +271,8 @@ def place_candidates(
         by_task[one.task].append(one)
     for members in by_task.values():
         for scorer in sorted(members[0].scores):
-            for one, value in zip(members, percentiles([one.scores[scorer] for one in members])): one.percentile[scorer] = value
+            values = percentiles([one.scores[scorer] for one in members])
+            for one, value in zip(members, values): one.percentile[scorer] = value
     return final
 
 # %% ../nbs/14_curation.ipynb #14000027
@@ -271,22 +288,27 @@ def select(
     verdicts, groups = [('', '')] * len(candidates), defaultdict(list)
     for number, one in enumerate(candidates):
         votes = sorted(name for name, value in one.percentile.items() if value > floor)
-        if len(votes) < 2: verdicts[number] = ('few_votes', ', '.join(f'{name} {value:.2f}' for name, value in sorted(one.percentile.items())))
+        places = ', '.join(f'{name} {value:.2f}' for name, value in sorted(one.percentile.items()))
+        if len(votes) < 2: verdicts[number] = ('few_votes', places)
         else: groups[one.group].append(number)
     total = min(max_rows or len(candidates), sum(map(len, groups.values())))
     limits = {**{group: math.ceil(group_share * total) for group in groups}, **(quotas or {})}
-    for members in groups.values(): members.sort(key=lambda number: (-candidates[number].merit, content_hash([seed, candidates[number].row_id])))
+    better = lambda number: (-candidates[number].merit, content_hash([seed, candidates[number].row_id]))
+    for members in groups.values(): members.sort(key=better)
     waiting, taken = sorted(groups, key=lambda group: content_hash([seed, group])), Counter()
     while waiting:
-        for group in waiting: verdicts[number] = _take(number := groups[group].pop(0), candidates[number], taken, limits, total)
+        for group in waiting:
+            number = groups[group].pop(0)
+            verdicts[number] = _take(candidates[number], taken, limits, total)
         waiting = [group for group in waiting if groups[group]]
     return verdicts
 
-def _take(number, one, taken, limits, total):
-    if taken['*'] >= total: return 'over_max_rows', f'{total} rows'
-    full = next((name for name in {one.group: 0, one.task: 0} if name in limits and taken[name] >= limits[name]), None)
-    if full is not None: return 'over_quota', f'{full}: {limits[full]}'
-    taken.update({'*': 1, **{name: 1 for name in (one.group, one.task)}})
+def _take(one, taken, limits, total):
+    names = {one.group, one.task}
+    full = sorted(name for name in names if taken[name] >= limits.get(name, total))
+    if taken[''] >= total: return 'over_max_rows', f'{total} rows'
+    if full: return 'over_quota', f'{full[0]}: {limits[full[0]]}'
+    taken.update(['', *names])
     return '', ''
 
 # %% ../nbs/14_curation.ipynb #14000030
@@ -316,13 +338,14 @@ def rewrite_problem(
     answer: str, # The new one
 ) -> str: # '' if the new answer may stand, else what is wrong
     "Check that a rewrite loses and invents nothing that can be checked."
-    old = row['messages'][-1]['content']
+    old = last_answer(row)
     if not answer.strip(): return 'empty'
     if set(CITATION.findall(answer)) != set(CITATION.findall(old)): return 'lost_citations'
     if row['task'] == 'math' and not _same_result(old, answer): return 'changed_answer'
     if any(quote in old and quote not in answer for quote in _demanded(row)): return 'lost_rule'
     if _is_list(old) != _is_list(answer) and row['task'] == 'system_prompt': return 'lost_rule'
-    if row['task'] != 'math' and _numbers(answer) - _numbers(old) - _numbers(context_of(row)): return 'new_numbers'
+    invented = _numbers(answer) - _numbers(old) - _numbers(context_of(row))
+    if invented and row['task'] != 'math': return 'new_numbers'
     reason, _ = quality_reason(with_answer(row, answer), LIMITS)
     return reason
 
@@ -355,24 +378,27 @@ def rewrite_rows(
     "Have the last answers written by one teacher."
     for batch in batched(rows, batch_size):
         asked = [row for row in batch if _may_change(row)]
-        prompts = [render_prompt(REWRITE_PROMPT, question=context_of(row), answer=row['messages'][-1]['content']) for row in asked]
+        prompts = [render_prompt(REWRITE_PROMPT, question=context_of(row), answer=last_answer(row)) for row in asked]
         replies = iter(teacher.ask(prompts, max_tokens=4096))
         for row in batch:
             if _may_change(row): yield _rewritten(row, next(replies), teacher.model, unrewritten)
-            else: yield row if 'drop_reason' in row else _child(row, row['messages'], {'rewrite': 'kept as it is'})
+            elif 'drop_reason' in row: yield row
+            else: yield _child(row, row['messages'], {'rewrite': 'kept as it is'})
 
 def _may_change(row):
     return 'drop_reason' not in row and row['task'] != 'rag_refusal'
 
 def _child(row, messages, found, **meta):
-    return dialogue(messages, row['task'], **{**row['meta'], 'stage': 'curation', 'parent_ids': [row['id']], **meta, 'details': {**details(row), **found}})
+    meta = {**row['meta'], **meta, 'stage': 'curation', 'parent_ids': [row['id']]}
+    return dialogue(messages, row['task'], **{**meta, 'details': {**details(row), **found}})
 
 def _rewritten(row, reply, model, unrewritten):
-    old, new = row['messages'][-1]['content'], reply.text.strip()
+    old, new = last_answer(row), reply.text.strip()
     calls = [*row['meta'].get('call_ids', []), reply.call_id]
     problem = rewrite_problem(row, new) if reply.ok else reply.finish_reason
     if problem and unrewritten == 'drop': return drop(row, f'rewrite_{problem}', new or reply.error or '')
-    if problem or new == old: return _child(row, row['messages'], {'rewrite': problem or 'nothing to change'}, call_ids=calls)
+    fate = {'rewrite': problem or 'nothing to change'}
+    if problem or new == old: return _child(row, row['messages'], fate, call_ids=calls)
     found = {'old_answer': old, 'old_model': row['meta'].get('model', ''), 'rewrite': 'done'}
     return _child(row, with_answer(row, new)['messages'], found, call_ids=calls, model=model)
 
@@ -384,7 +410,8 @@ class StyleMeter:
 
     def add(self, model: str, answer: str):
         "Count one answer."
-        self.counts[model].update(answers=1, characters=len(answer), lists=_is_list(answer), fillers=bool(OPENINGS.search(answer) or CLOSINGS.search(answer)))
+        filler = bool(OPENINGS.search(answer) or CLOSINGS.search(answer))
+        self.counts[model].update(answers=1, characters=len(answer), lists=_is_list(answer), fillers=filler)
         self.openings[model][compact(answer)[:4]] += 1
 
     def table(self) -> dict[str, dict]:
@@ -440,6 +467,8 @@ Dropped earlier, when the base set was made:
 
 [[models]]
 
+Paid for calls: [[cost]].
+
 Rank correlation of the scorers: [[agreement]]. A row was taken only if at least two of them voted for it.
 
 ## Voice
@@ -475,13 +504,18 @@ def markdown_table(
     lines = [list(rows[0]), ['---'] * len(rows[0])] + [[str(value) for value in row.values()] for row in rows]
     return '\n'.join('| ' + ' | '.join(cells) + ' |' for cells in lines)
 
+def count_table(first: str, second: str, table: dict) -> str: # Two columns
+    "Write a dict as a table."
+    return markdown_table([{first: key, second: value} for key, value in table.items()])
+
 def earlier_filters(
     sources: list[str], # As the stage reads them
 ) -> dict[str, int]: # Drop reason to rows, from the sources' own `statistics.json`
     "Collect what was dropped before."
     paths = [Path(location) / 'statistics.json' for location in sources if ':' not in location]
-    tables = [json.loads(path.read_text(encoding='utf-8')).get('dropped', {}) for path in paths if path.is_file()]
-    return dict(sorted(sum(map(Counter, tables), Counter()).items()))
+    statistics = [json.loads(path.read_text(encoding='utf-8')) for path in paths if path.is_file()]
+    total = sum((Counter(one.get('dropped', {})) for one in statistics), Counter())
+    return dict(sorted(total.items()))
 
 # %% ../nbs/14_curation.ipynb #14000041
 KNOWN_LIMITS = '''- Scores come from models and rules that share blind spots; a high score does not make an answer true.
@@ -493,15 +527,16 @@ def size_category(
     rows: int, # Rows of the set
 ) -> str: # As the hub names it
     "Name the order of magnitude."
-    bounds = [(10 ** 3, 'n<1K'), (10 ** 4, '1K<n<10K'), (10 ** 5, '10K<n<100K'), (10 ** 6, '100K<n<1M'), (10 ** 7, '1M<n<10M')]
-    return next((name for bound, name in bounds if rows < bound), '10M<n<100M')
+    names = ['n<1K', '1K<n<10K', '10K<n<100K', '100K<n<1M', '1M<n<10M', '10M<n<100M']
+    return next((name for power, name in enumerate(names, 3) if rows < 10 ** power), 'n>100M')
 
 def example_of(
     row: dict, # A dialogue
     longest: int = 400, # Characters of a turn
 ) -> str: # Markdown
     "Show a row in a card."
-    turns = [f"{turn['role']}:\n{turn['content'][:longest]}{'…' if len(turn['content']) > longest else ''}" for turn in row['messages']]
+    short = lambda text: text if len(text) <= longest else text[:longest] + '…'
+    turns = [f"{turn['role']}:\n{short(turn['content'])}" for turn in row['messages']]
     return f"### {row['task']}\n\n~~~~text\n" + '\n\n'.join(turns) + '\n~~~~'
 
 def data_card(
@@ -511,21 +546,23 @@ def data_card(
     examples: list[dict], # A row of each task
 ) -> str: # README.md
     "Write the data card."
-    counts, models = report['counts'], report['models']
-    share = lambda title, table: [{title: key, 'dialogues': value} for key, value in table.items()]
-    voice = [{'version': version, 'model': model, **row} for version in ('before', 'after') for model, row in report['voice'][version].items()]
-    languages = sorted({language[:2] for language in statistics['languages']})
-    return render_prompt(CARD, name=name, languages=json.dumps(languages), licenses=json.dumps(sorted(key.lower() for key in statistics['licenses'])),
-        size=size_category(statistics['dialogues']), dialogues=statistics['dialogues'], tokens=statistics['tokens'], unit=statistics['unit'],
-        composition='\n\n'.join(markdown_table(share(title, statistics[table])) for title, table in
-                                (('task', 'tasks'), ('source', 'sources'), ('language', 'languages'), ('answers a dialogue', 'rounds'))),
-        total=sum(counts.values()), filters=markdown_table([{'reason': key, 'rows': value} for key, value in sorted(counts.items()) if key != 'kept']),
-        earlier=markdown_table([{'reason': key, 'rows': value} for key, value in report['earlier'].items()]),
-        tags=markdown_table([{'set': key, **report['tags'][key]} for key in ('scored', 'selected')]),
-        models=markdown_table([{'part': part, 'model': model or 'none'} for part, model in models.items()]) + f"\n\nPaid for calls: {report['cost']:.2f}.",
-        agreement=', '.join(f'{pair} {value}' for pair, value in report['agreement'].items()) or 'fewer than two scorers',
-        voice=markdown_table(voice), license_table=markdown_table(share('licence', statistics['licenses'])),
-        limits=KNOWN_LIMITS, examples='\n\n'.join(example_of(row) for row in examples))
+    counts, shares = report['counts'], ('tasks', 'sources', 'languages', 'rounds')
+    voice = [{'version': version, 'model': model, **row}
+             for version, table in report['voice'].items() for model, row in table.items()]
+    pairs = ', '.join(f'{pair} {value}' for pair, value in report['agreement'].items())
+    return render_prompt(
+        CARD, name=name, limits=KNOWN_LIMITS, examples='\n\n'.join(example_of(row) for row in examples),
+        languages=json.dumps(sorted({language[:2] for language in statistics['languages']})),
+        licenses=json.dumps(sorted({license.lower() for license in statistics['licenses']})),
+        size=size_category(statistics['dialogues']), dialogues=statistics['dialogues'],
+        tokens=statistics['tokens'], unit=statistics['unit'],
+        composition='\n\n'.join(count_table(name, 'dialogues', statistics[name]) for name in shares),
+        total=sum(counts.values()), earlier=count_table('reason', 'rows', report['earlier']),
+        filters=count_table('reason', 'rows', {reason: counts[reason] for reason in counts if reason != 'kept'}),
+        tags=markdown_table([{'set': name, **row} for name, row in report['tags'].items()]),
+        models=count_table('part', 'model', report['models']), cost=f"{report['cost']:.2f}",
+        agreement=pairs, voice=markdown_table(voice),
+        license_table=count_table('licence', 'dialogues', statistics['licenses']))
 
 # %% ../nbs/14_curation.ipynb #14000044
 def curate(
@@ -544,7 +581,7 @@ def curate(
     seed: int, # Decides between equals
 ) -> dict: # counts, earlier, tags, groups, agreement, voice, models, cost
     "Score, select and rewrite."
-    if unrewritten not in ('keep', 'drop'): raise UserError(f"unrewritten is {unrewritten!r}; it may be 'keep' or 'drop'")
+    if unrewritten not in ('keep', 'drop'): raise UserError(f"unrewritten is {unrewritten!r}; say 'keep' or 'drop'")
     writer = open_client(teacher, ledger, out_dir)
     reader = writer if judge == teacher else open_client(judge, ledger, out_dir)
     scored = Path(out_dir) / 'scored'
@@ -558,21 +595,28 @@ def curate(
     counts = split_rows(chain(read_rows(scored, 'dropped'), _metered(chosen, meters['after'])), out_dir)
     shutil.rmtree(scored)
     picked = [one for one, (reason, _) in zip(candidates, verdicts) if not reason]
-    return {'counts': dict(sorted(counts.items())), 'earlier': earlier_filters(sources), 'tags': {'scored': tag_statistics(one.tags for one in candidates), 'selected': tag_statistics(one.tags for one in picked)},
-            'groups': dict(Counter(one.group for one in picked).most_common()), 'agreement': agreement(candidates), 'voice': {name: meter.table() for name, meter in meters.items()},
-            'models': {'teacher': teacher, 'judge': judge, 'reward model': Path(reward_model).name}, 'cost': writer.cost + (reader.cost if reader is not writer else 0.0)}
+    tags = {'scored': tag_statistics(one.tags for one in candidates), 'selected': tag_statistics(one.tags for one in picked)}
+    return {'counts': dict(sorted(counts.items())), 'earlier': earlier_filters(sources), 'tags': tags,
+            'agreement': agreement(candidates),
+            'groups': dict(Counter(one.group for one in picked).most_common()),
+            'voice': {name: meter.table() for name, meter in meters.items()},
+            'models': {'teacher': teacher, 'judge': judge, 'reward model': Path(reward_model).name or 'none'},
+            'cost': writer.cost + (0.0 if reader is writer else reader.cost)}
 
 def _decided(scored, candidates, verdicts, meter):
     for row, one, (reason, evidence) in zip(read_rows(scored), candidates, verdicts, strict=True):
         row = {**row, 'meta': {**row['meta'], 'tags': one.tags}}
-        meter.add(row['meta'].get('model') or row['meta'].get('source') or 'unknown', row['messages'][-1]['content'])
+        meter.add(_voice(row['meta'].get('model'), row), last_answer(row))
         yield drop(row, reason, evidence) if reason else row
 
 def _metered(rows, meter):
     for row in rows:
         first = details(row).get('old_model', row['meta'].get('model'))
-        if 'drop_reason' not in row: meter.add(first or row['meta'].get('source') or 'unknown', row['messages'][-1]['content'])
+        if 'drop_reason' not in row: meter.add(_voice(first, row), last_answer(row))
         yield row
+
+def _voice(model, row):
+    return model or row['meta'].get('source') or 'unknown'
 
 # %% ../nbs/14_curation.ipynb #14000045
 def agreement(
@@ -580,5 +624,6 @@ def agreement(
 ) -> dict[str, float | None]: # Rank correlation of each pair of scorers
     "Compare the scorers with each other."
     names = sorted(candidates[0].scores) if candidates else []
-    return {f'{first} and {second}': rank_correlation(*([one.scores[name] for one in candidates] for name in (first, second)))
-            for number, first in enumerate(names) for second in names[number + 1:]}
+    scores = {name: [one.scores[name] for one in candidates] for name in names}
+    return {f'{first} and {second}': rank_correlation(scores[first], scores[second])
+            for first, second in combinations(names, 2)}

@@ -215,18 +215,19 @@ def chunk_spans(
     section = text[start:end]
     pieces = [(start + first, start + last, text_size(section[first:last])) for sentence in split_sentences(section)
               for first, last in cut_sentence(section, *sentence, chunk_size)]
-    total = sum(size for _, _, size in pieces)
-    target = total / max(1, math.ceil(total / chunk_size))
-    spans, filled = [], 0
+    left = sum(size for _, _, size in pieces)
+    spans, filled, target = [], 0, 0
     for first, last, size in pieces:
         opens = bool(spans) and '\n' in text[spans[-1][1]:first] # a paragraph
         enough = min(chunk_size - size, target - size / 2, 0.7 * target if opens else chunk_size)
         if not spans or filled > enough:
             spans.append((first, last))
+            target = left / math.ceil(left / chunk_size) # of what is left, so that no stump remains
             filled = size
         else:
             spans[-1] = spans[-1][0], last
             filled += size
+        left -= size
     return spans
 
 # %% ../nbs/10_index.ipynb #10000028

@@ -9,17 +9,17 @@ __all__ = ['SIGNS', 'LATEX', 'LEAD', 'UNITS', 'HAN_DIGITS', 'DIGITS', 'ATOM', 'Q
            'plain_answer', 'boxed_content', 'unit_names', 'unit_pattern', 'read_unit', 'atom_value', 'quantity_value',
            'Reading', 'read_quantity', 'read_clock', 'read_date', 'expression_values', 'read_value', 'read_expression',
            'read_list', 'read_brackets', 'read_range', 'read_equation', 'read_ratio', 'readings', 'SymbolicWorker',
-           'symbolic_worker', 'same_answer', 'same_reading', 'same_number', 'unit_size', 'points', 'close',
-           'final_answer', 'stated_answer', 'read_personas', 'plan_drafts', 'WrittenProblem', 'math_row',
-           'write_problems', 'drop_near_duplicates', 'Solvable', 'check_problems', 'solve_problems', 'majority',
-           'Verdict', 'criticise', 'verify', 'with_last_line', 'accept_solutions', 'outcome_pair', 'split_held_out',
-           'make_math']
+           'symbolic_worker', 'same_answer', 'same_reading', 'same_number', 'unit_size', 'final_answer',
+           'stated_answer', 'read_personas', 'plan_drafts', 'WrittenProblem', 'math_row', 'write_problems', 'said',
+           'drop_near_duplicates', 'Solvable', 'check_problems', 'solve_problems', 'majority', 'Verdict', 'criticise',
+           'verify', 'with_last_line', 'accept_solutions', 'outcome_pair', 'split_held_out', 'make_math']
 
 # %% ../nbs/12_math.ipynb #12000002
 import ast, cmath, json, math, operator, random, re, subprocess, sys, threading, unicodedata
 from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import BaseModel
@@ -28,7 +28,7 @@ from .core import UserError, content_hash, dialogue, drop, pack_meta, read_jsonl
 from .llm import render_prompt
 from .zh import parse_number
 
-# %% ../nbs/12_math.ipynb #12000005
+# %% ../nbs/12_math.ipynb #12000004
 SIGNS = str.maketrans({
     '²': '^2', '³': '^3', '−': '-', '–': '-', '—': '-', '×': '*', '⋅': '*', '·': '*', '÷': '/', '√': ' sqrt', 'π': ' pi ',
     '∞': ' inf ', '∶': ':', '≤': '<=', '≥': '>=', '≦': '<=', '≧': '>=', '½': ' 1/2', '¼': ' 1/4', '¾': ' 3/4',
@@ -77,7 +77,7 @@ def boxed_content(
         if not depth: return text[start + 7:place]
     return None
 
-# %% ../nbs/12_math.ipynb #12000008
+# %% ../nbs/12_math.ipynb #12000007
 UNITS = { # Canonical name: what it measures, its size in that measure, other spellings
     '公里': ('長度', 1000, 'km 千米 kilometers kilometer'), '公尺': ('長度', 1, 'm 米 meters meter'),
     '公分': ('長度', '1/100', 'cm 釐米 厘米'), '公釐': ('長度', '1/1000', 'mm 毫米'),
@@ -90,7 +90,7 @@ UNITS = { # Canonical name: what it measures, its size in that measure, other sp
     '小時': ('時間', 3600, '時 鐘頭 h hr hrs hours hour'), '天': ('時間', 86400, '日 days day'),
     '週': ('時間', 604800, '星期 周 禮拜 weeks week'), '個月': ('月數', 1, '月 months month'), '年': ('月數', 12, 'years year'),
     '元': ('新臺幣', 1, '塊錢 塊 圓 dollars dollar ntd twd'), '角': ('新臺幣', '1/10', ''), '美元': ('美元', 1, 'usd 美金'),
-    '日圓': ('日圓', 1, '日幣 日元 jpy'), '歐元': ('歐元', 1, 'eur'), '公里/小時': ('速度', '1/3.6', 'km/h km/hr kph'),
+    '日圓': ('日圓', 1, '日幣 日元 jpy'), '歐元': ('歐元', 1, 'eur'), '公里/小時': ('速度', '5/18', 'km/h km/hr kph'),
     '公尺/秒': ('速度', 1, 'm/s'), '°C': ('溫度', 1, '度c 攝氏度'), '°': ('角度', 1, 'degrees degree'),
     '%': ('百分率', '1/100', 'percent 個百分點')}
 
@@ -119,7 +119,7 @@ def read_unit(
     if re.search(r'[\d^*/+=<>\\{}\[\]~:-]', rest) or re.fullmatch(r'[a-z]', rest): return None
     return unit_names()[found] if found else ''
 
-# %% ../nbs/12_math.ipynb #12000011
+# %% ../nbs/12_math.ipynb #12000008
 HAN_DIGITS = '零〇一二兩三四五六七八九十百千廿卅'
 DIGITS = r'(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?(?:e[-+]?\d\d?(?!\w))?|\.\d+)'
 ATOM = (rf'(?:一半|半|(?:{DIGITS}[十百千]?[萬億兆]+)+(?:{DIGITS}[千百]?)?|{DIGITS}[十百千]?'
@@ -153,7 +153,7 @@ def quantity_value(
     if match['half'] and not mark: value += Fraction(1, 2)
     return (-value if match['sign'] == '-' else value), mark if mark == '%' else ''
 
-# %% ../nbs/12_math.ipynb #12000014
+# %% ../nbs/12_math.ipynb #12000011
 class Reading(NamedTuple):
     "One thing that an answer may mean."
     kind: str # 'number', 'ratio', 'time', 'date', 'list', 'tuple', 'interval', 'expression', 'equation', 'text'
@@ -188,7 +188,7 @@ def _two_steps(value, rest):
     if measure != other or not Fraction(step) < Fraction(size): return None
     return Reading('number', value * Fraction(size) / Fraction(step) + small.value, f'{unit_names()[match[0]]}+{small.unit}')
 
-# %% ../nbs/12_math.ipynb #12000015
+# %% ../nbs/12_math.ipynb #12000012
 CLOCK = re.compile(
     r'(?P<half>上午|早上|早晨|清晨|凌晨|中午|下午|傍晚|晚上|夜裡|半夜|深夜|am|pm)?\s*'
     rf'(?P<hour>{ATOM})\s*(?::\s*(?P<minute>\d\d)(?::\d\d)?'
@@ -223,7 +223,7 @@ def read_date(
     if not month or not day or month > 12 or day > 31 or month.denominator * day.denominator != 1: return None
     return Reading('date', (year + 1911 if match['era'] == '民國' and year else year, month, day))
 
-# %% ../nbs/12_math.ipynb #12000018
+# %% ../nbs/12_math.ipynb #12000015
 FUNCTIONS = {'sqrt': cmath.sqrt, 'sin': cmath.sin, 'cos': cmath.cos, 'tan': cmath.tan, 'ln': cmath.log,
              'log': cmath.log10, 'abs': abs, 'exp': cmath.exp}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.Pow: operator.pow}
@@ -263,7 +263,7 @@ def _value(node, point):
     if isinstance(node.op, ast.Pow) and abs(right) > 64: raise ValueError(f'exponent {right} is too large')
     return OPERATORS[type(node.op)](left, right)
 
-# %% ../nbs/12_math.ipynb #12000021
+# %% ../nbs/12_math.ipynb #12000017
 SEPARATOR = re.compile(r'\s*(?:[、;]|以及|或者|和|與|及|或|\band\b|\bor\b|,(?!\d{3}(?!\d)))\s*')
 
 def read_value(
@@ -294,7 +294,7 @@ def _item(part):
     label = re.sub(r'(?:各?[是有為得共=:]|要|需|\s)+$', '', part[:cut]).strip()
     return value and value._replace(label=label.lower())
 
-# %% ../nbs/12_math.ipynb #12000022
+# %% ../nbs/12_math.ipynb #12000018
 def read_brackets(
     text: str, # Plain form of an answer
 ) -> Reading | None: # {1, 2} is a list, (1, 2) a tuple, [1, 2) an interval
@@ -325,7 +325,7 @@ def _bound(part):
     if infinite: return Reading('number', -math.inf if infinite[1] == '-' else math.inf)
     return read_quantity(part) or read_expression(part)
 
-# %% ../nbs/12_math.ipynb #12000023
+# %% ../nbs/12_math.ipynb #12000019
 def read_equation(
     text: str, # Plain form of an answer
 ) -> list[Reading]: # The equation itself, and its right side where that is the answer: x = 5, 3 + 4 = 7
@@ -347,7 +347,7 @@ def read_ratio(
     if len(parts) < 2 or None in parts or not parts[0].value: return None
     return Reading('ratio', tuple(part.value / parts[0].value for part in parts))
 
-# %% ../nbs/12_math.ipynb #12000024
+# %% ../nbs/12_math.ipynb #12000020
 @lru_cache(50_000)
 def readings(
     text: str, # An answer as a model wrote it
@@ -370,7 +370,7 @@ def _one_number(plain):
     if len(numbers) != 1 or len(plain) > 60 or re.search(r'[\\^<>=]|不是|並非|\bnot\b', plain): return None
     return read_quantity(plain[numbers[0].start():])
 
-# %% ../nbs/12_math.ipynb #12000027
+# %% ../nbs/12_math.ipynb #12000023
 SYMBOLIC = '''
 import json, logging, sys
 logging.disable(logging.CRITICAL)
@@ -411,7 +411,7 @@ def symbolic_worker(
     "Give the process that compares formulas."
     return SymbolicWorker()
 
-# %% ../nbs/12_math.ipynb #12000028
+# %% ../nbs/12_math.ipynb #12000024
 def same_answer(
     a: str, # An answer, e.g. '1,200 元'
     b: str, # Another, e.g. 'NT$１２００'
@@ -422,7 +422,8 @@ def same_answer(
     if plain_answer(a) == plain_answer(b): return True
     sides = [readings(a), readings(b)]
     for kind in ('time', 'text'): # Two times are no ratios; mere texts count only if neither side means more
-        if all(kind == reading[0].kind for reading in sides): return sides[0][0] == sides[1][0] or kind == 'text' and _formulas(a, b)
+        if all(kind == side[0].kind for side in sides):
+            return sides[0][0] == sides[1][0] or kind == 'text' and _formulas(a, b)
     left, right = ([one for one in side if one.kind != 'text'] for side in sides)
     return any(same_reading(one, other, convert) for one in left for other in right)
 
@@ -430,7 +431,7 @@ def _formulas(a, b):
     if not all(len(text) <= 300 and re.search(r'\\[a-z]+|[<>∪^]', text) for text in (a, b)): return False
     return symbolic_worker().same(a.strip(' $'), b.strip(' $'))
 
-# %% ../nbs/12_math.ipynb #12000029
+# %% ../nbs/12_math.ipynb #12000025
 def same_reading(
     one: Reading, # What one answer may mean
     other: Reading, # What the other may mean
@@ -444,14 +445,14 @@ def same_reading(
     if kinds == ('number', 'time'): return not one.unit and one.value in (other.value / 60, other.value / 60 - 12)
     if kinds == ('list', 'list'): return _same_list(one.value, other.value, convert)
     if kinds == ('equation', 'equation'): return _proportional(one.value, other.value)
-    if kinds == ('date', 'date'): return one.value[1:] == other.value[1:] and (one.value[0] == other.value[0] or None in (one.value[0], other.value[0]))
+    if kinds == ('date', 'date'): return all(a == b or None in (a, b) for a, b in zip(one.value, other.value))
     if kinds == ('interval', 'tuple'): other = Reading('interval', ('(', *other.value, ')'))
     if one.kind not in ('interval', 'tuple') or one.kind != other.kind or len(one.value) != len(other.value): return one == other
     return all(same_reading(a, b, convert) if isinstance(a, Reading) and isinstance(b, Reading) else a == b
                for a, b in zip(one.value, other.value))
 
 def _proportional(some, others):
-    return all(abs(b) > 1e-12 for b in others) and close([a / b for a, b in zip(some, others)], [some[0] / others[0]] * len(some))
+    return all(abs(b) > 1e-12 for b in others) and _close([a * others[0] for a in some], [b * some[0] for b in others])
 
 def _same_list(some, others, convert):
     labelled = sorted(item.label for item in some) == sorted(item.label for item in others)
@@ -462,7 +463,7 @@ def _same_list(some, others, convert):
         rest.remove(fits[0])
     return not rest
 
-# %% ../nbs/12_math.ipynb #12000030
+# %% ../nbs/12_math.ipynb #12000026
 def same_number(
     one: Reading, # A number or an expression
     other: Reading, # Another
@@ -472,29 +473,29 @@ def same_number(
     units = one.unit, other.unit
     if '%' in units and units[0] != units[1]:
         share, plain = (one, other) if one.unit == '%' else (other, one)
-        values = points(share)
-        return not plain.unit and (close(values, points(plain)) or close([value / 100 for value in values], points(plain)))
+        values = _points(share)
+        return not plain.unit and (_close(values, _points(plain)) or _close([value / 100 for value in values], _points(plain)))
     sizes = [Fraction(1), Fraction(1)]
     if units[0] and units[1] and units[0] != units[1]:
         (measure, sizes[0]), (other_measure, sizes[1]) = unit_size(one.unit), unit_size(other.unit)
         if not convert or measure != other_measure: return False
     if one.kind == other.kind == 'number': return one.value * sizes[0] == other.value * sizes[1]
-    return close([value * float(sizes[0]) for value in points(one)], [value * float(sizes[1]) for value in points(other)])
+    return _close([value * float(sizes[0]) for value in _points(one)], [value * float(sizes[1]) for value in _points(other)])
 
 def unit_size(unit: str) -> tuple[str, Fraction]:
     "Say what a unit measures, and its size; of 小時+分鐘 the smaller one counts."
     measure, size, _ = UNITS[unit.split('+')[-1]]
-    return measure, Fraction(size) if '.' not in str(size) else Fraction(10, 36)
+    return measure, Fraction(size)
 
-def points(reading: Reading) -> list:
+def _points(reading: Reading) -> list:
     "Give the values of an expression, or a number as often."
     return list(reading.value) if reading.kind == 'expression' else [float(reading.value)] * len(POINTS)
 
-def close(some: list, others: list) -> bool:
+def _close(some: list, others: list) -> bool:
     "Compare floats to nine digits."
     return all(a == b or abs(a - b) <= 1e-9 * max(abs(a), abs(b)) for a, b in zip(some, others))
 
-# %% ../nbs/12_math.ipynb #12000033
+# %% ../nbs/12_math.ipynb #12000029
 MARK = re.compile(
     r'(?:^|(?<=[\s。．.，,；;*#（(]))(?:\*\*|#+\s*)?'
     r'(?:(?:最終|最後|正確)?的?答案(?:應該?)?|答|(?:the\s+)?(?:final\s+)?answer)(?:\*\*)?\s*(?:是|為|is)?\s*'
@@ -516,7 +517,7 @@ def _marked(solution, match):
     if not text: text = next(filter(None, map(str.strip, solution[match.end():].split('\n'))), '')
     return REMARK.split(text)[0].strip().strip('*').strip() or None
 
-# %% ../nbs/12_math.ipynb #12000034
+# %% ../nbs/12_math.ipynb #12000030
 CLOSING = re.compile(r'所以|因此|因而|故|總共|一共|合計|共計|最後|剩下|Therefore|Thus|Hence|^So\b|in total|altogether', re.IGNORECASE)
 STATED = re.compile(r'等於|總共|一共|合計|共計|剩下|[是為有共花得要=]|'
                     r'\b(?:is|are|was|has|have|makes|made|costs?|equals?|totals?|pays?|earns?)\b')
@@ -541,7 +542,7 @@ def _statement(sentence, concludes):
     if len(numbers) > 1: numbers = [number for number in numbers if verbs and number.start() >= verbs[-1].end()]
     return parts[0][numbers[0].start():].strip() if len(numbers) == 1 else None
 
-# %% ../nbs/12_math.ipynb #12000037
+# %% ../nbs/12_math.ipynb #12000033
 KINDS = { # What problems may be about, by difficulty
     '簡單': ['加法', '減法', '乘法', '除法', '時間'],
     '中等': ['加減', '購物', '乘加', '減除', '幾何', '比例', '百分率', '平均', '速率', '曆法'],
@@ -553,16 +554,18 @@ def read_personas(
 ) -> tuple[list[dict], list[dict]]: # Personas with `persona`, `source`, `license`; dropped rows
     "Read personas in PersonaHub's form, each once."
     path = resolve_path(location)
-    personas, dropped = {}, []
+    personas, dropped, source = {}, [], str(location) if str(location).startswith('sample:') else path.name
     for number, line, raw in read_jsonl(path):
         persona = str((line or {}).get('persona') or (line or {}).get('input persona') or '').strip()
-        reason = 'malformed_line' if line is None else 'no_persona' if not persona else 'duplicate_persona' if persona in personas else ''
-        if reason: dropped.append(drop(dialogue([{'role': 'user', 'content': raw}], 'math', stage='math', source=str(location)), reason, f'line {number}'))
-        else: personas[persona] = {'persona': persona, 'source': str(location), 'license': line.get('license') or license}
+        row = dialogue([{'role': 'user', 'content': raw}], 'math', stage='math', source=source)
+        if line is None: dropped.append(drop(row, 'malformed_line', f'line {number}'))
+        elif not persona: dropped.append(drop(row, 'no_persona', f'line {number}'))
+        elif persona in personas: dropped.append(drop(row, 'duplicate_persona', f'line {number}'))
+        else: personas[persona] = {'persona': persona, 'source': source, 'license': line.get('license') or license}
     if not personas: raise UserError(f'{location} holds no persona; each line needs "persona" or "input persona"')
     return list(personas.values()), dropped
 
-# %% ../nbs/12_math.ipynb #12000039
+# %% ../nbs/12_math.ipynb #12000034
 def plan_drafts(
     personas: list[dict], # As `read_personas` gives them
     count: int, # Problems to ask for
@@ -573,7 +576,7 @@ def plan_drafts(
     "Decide what each problem shall be about."
     shares = {difficulty: 1} if isinstance(difficulty, str) else difficulty
     unknown = [name for name in shares if name not in KINDS]
-    if unknown or not shares: raise UserError(f"difficulty {unknown} is unknown; known are {', '.join(KINDS)}")
+    if unknown or not shares: raise UserError(f"difficulty {difficulty} is unknown; known are {', '.join(KINDS)}")
     order = random.Random(f'personas {seed}').sample(personas, len(personas))
     drafts, seen = [], Counter()
     for number in range(count):
@@ -585,7 +588,7 @@ def plan_drafts(
         seen[key] += 1
     return drafts
 
-# %% ../nbs/12_math.ipynb #12000042
+# %% ../nbs/12_math.ipynb #12000036
 WRITE_PROBLEM = '''# 任務：出數學題
 請替下面的人物出一道數學應用題，情境取自這個人的生活，用臺灣日常的說法與單位（元、坪、公斤、公里、民國年）。
 要求：
@@ -608,7 +611,7 @@ class WrittenProblem(BaseModel):
     "Reply to `WRITE_PROBLEM`."
     problem: str # The whole problem
 
-# %% ../nbs/12_math.ipynb #12000043
+# %% ../nbs/12_math.ipynb #12000037
 def math_row(
     draft: dict, # What is known so far
     text: str, # The user's turn
@@ -619,7 +622,7 @@ def math_row(
     messages = [{'role': 'user', 'content': text}] + ([{'role': 'assistant', 'content': answer}] if answer else [])
     known = {name: draft[name] for name in ('persona', 'kind', 'difficulty')}
     return dialogue(messages, 'math', stage='math', source=draft['source'], license=draft['license'], lang='zh-TW',
-                    model=draft.get('model', ''), call_ids=draft.get('call_ids', []), tags=[draft['kind'], draft['difficulty']],
+                    model=draft['model'], call_ids=draft['call_ids'], tags=[draft['kind'], draft['difficulty']],
                     details={**known, **more})
 
 def write_problems(
@@ -631,20 +634,27 @@ def write_problems(
     written, dropped, replies = [], [], {}
     for sample in sorted({draft['sample'] for draft in drafts}):
         group = [number for number, draft in enumerate(drafts) if draft['sample'] == sample]
-        prompts = [render_prompt(WRITE_PROBLEM, **{name: drafts[number][name] for name in ('persona', 'kind', 'difficulty')}) for number in group]
+        prompts = [_problem_prompt(drafts[number]) for number in group]
         replies |= zip(group, teacher.ask_json(prompts, WrittenProblem, temperature=0.9, sample=sample, seed=seed))
     for number, draft in enumerate(drafts):
         parsed = replies[number]
         draft = {**draft, 'call_ids': [parsed.reply.call_id], 'model': teacher.model}
         text = parsed.value.problem.strip() if parsed.value else ''
         if text: written.append({**draft, 'problem': text})
-        else: dropped.append(drop(math_row(draft, draft['persona']), parsed.problem or 'empty_problem', parsed.reply.text or parsed.reply.error or ''))
+        else: dropped.append(drop(math_row(draft, draft['persona']), parsed.problem or 'empty_problem', said(parsed)))
     return written, dropped
 
-# %% ../nbs/12_math.ipynb #12000046
+def _problem_prompt(draft):
+    return render_prompt(WRITE_PROBLEM, persona=draft['persona'], kind=draft['kind'], difficulty=draft['difficulty'])
+
+def said(parsed) -> str:
+    "Give the raw text of a reply that is of no use, or why there is none."
+    return parsed.reply.text or parsed.reply.error or ''
+
+# %% ../nbs/12_math.ipynb #12000040
 def drop_near_duplicates(
     problems: list[dict], # With `problem`
-    max_similarity: float = 0.75, # Shared pairs of characters, as a share of all of both; above it the later one goes
+    max_similarity: float = 0.75, # Shared pairs of characters in all of both; above it the later one goes
 ) -> tuple[list[dict], list[dict]]: # Kept problems; dropped rows with the other's text as evidence
     "Keep the first of problems that say the same."
     kept, dropped, blocks = [], [], {}
@@ -652,16 +662,16 @@ def drop_near_duplicates(
         text = unicodedata.normalize('NFKC', problem['problem'])
         words = re.sub(r'[\W\d]', '', text)
         pairs = {words[place:place + 2] for place in range(len(words) - 1)}
-        block = blocks.setdefault(tuple(sorted(re.findall(r'\d+(?:\.\d+)?', text))), [])
+        block = blocks.setdefault(tuple(re.findall(r'\d+(?:\.\d+)?', text)), [])
         twin = next((other for other, others in block if len(pairs & others) > max_similarity * len(pairs | others)
-                     or other == problem['problem']), None)
+                     or others == pairs), None)
         if twin: dropped.append(drop(math_row(problem, problem['problem']), 'near_duplicate', twin))
         else:
             kept.append(problem)
             block.append((problem['problem'], pairs))
     return kept, dropped
 
-# %% ../nbs/12_math.ipynb #12000049
+# %% ../nbs/12_math.ipynb #12000043
 CHECK_PROBLEM = '''# 任務：檢查題目
 請判斷下面的數學題能不能解。條件不足、互相矛盾、沒有提問、答案不只一個，或數量不合常理（例如人數是負數或小數），都算不能解。
 先在心裡試算一遍，再下判斷。
@@ -681,16 +691,17 @@ def check_problems(
     teacher, # A client of kyara.llm
 ) -> tuple[list[dict], list[dict]]: # Solvable problems; dropped rows with the reason given
     "Have the teacher sort out ill-posed problems."
-    verdicts = teacher.ask_json([render_prompt(CHECK_PROBLEM, problem=problem['problem']) for problem in problems], Solvable)
+    prompts = [render_prompt(CHECK_PROBLEM, problem=problem['problem']) for problem in problems]
     kept, dropped = [], []
-    for problem, parsed in zip(problems, verdicts):
+    for problem, parsed in zip(problems, teacher.ask_json(prompts, Solvable)):
         problem = {**problem, 'call_ids': problem['call_ids'] + [parsed.reply.call_id]}
-        if parsed.value and parsed.value.solvable: kept.append(problem)
-        elif parsed.value: dropped.append(drop(math_row(problem, problem['problem']), 'ill_posed', parsed.value.reason))
-        else: dropped.append(drop(math_row(problem, problem['problem']), f'check_{parsed.problem}', parsed.reply.text))
+        row = math_row(problem, problem['problem'])
+        if not parsed.value: dropped.append(drop(row, f'check_{parsed.problem}', said(parsed)))
+        elif not parsed.value.solvable: dropped.append(drop(row, 'ill_posed', parsed.value.reason))
+        else: kept.append(problem)
     return kept, dropped
 
-# %% ../nbs/12_math.ipynb #12000052
+# %% ../nbs/12_math.ipynb #12000046
 SOLVE_PROBLEM = '''# 任務：解數學題
 請一步一步解下面的數學題，用自然的臺灣中文，每一步寫出算式與結果，不要跳步驟。
 最後另起一行，只寫「答案：」與最後的答案（數字，必要時加單位），後面不要再寫任何字。
@@ -709,16 +720,17 @@ def solve_problems(
     solved = [{**problem, 'solutions': []} for problem in problems]
     prompts = [render_prompt(SOLVE_PROBLEM, problem=problem['problem']) for problem in problems]
     for sample in range(samples):
-        solver, temperature = solvers[sample % len(solvers)], round(0.3 + 0.7 * sample / max(1, samples - 1), 2)
-        for problem, reply in zip(solved, solver.ask(prompts, temperature=temperature, sample=sample, seed=seed, max_tokens=2048)):
-            answer = final_answer(reply.text) if reply.ok else None
-            problem['solutions'].append({'text': reply.text.strip(), 'answer': answer, 'model': solver.model, 'call_id': reply.call_id})
+        solver, heat = solvers[sample % len(solvers)], round(0.3 + 0.7 * sample / max(1, samples - 1), 2)
+        replies = solver.ask(prompts, temperature=heat, sample=sample, seed=seed, max_tokens=2048)
+        for problem, reply in zip(solved, replies):
+            problem['solutions'].append({'text': reply.text.strip(), 'answer': final_answer(reply.text) if reply.ok else None,
+                                         'model': solver.model, 'call_id': reply.call_id})
     return solved
 
-# %% ../nbs/12_math.ipynb #12000053
+# %% ../nbs/12_math.ipynb #12000047
 def majority(
     answers: list[str | None], # Final answers of the samples, None where there is none
-) -> tuple[str | None, float, list[int]]: # The answer most samples give, its share of all samples, who gives it
+) -> tuple[str | None, float, list[int]]: # What most samples say, their share of all, their numbers
     "Count answers that mean the same; a tie has no majority."
     groups = []
     for number, answer in enumerate(answers):
@@ -730,7 +742,7 @@ def majority(
     if not groups or len(groups) > 1 and len(groups[0]) == len(groups[1]): return None, 0.0, []
     return answers[groups[0][0]], len(groups[0]) / len(answers), groups[0]
 
-# %% ../nbs/12_math.ipynb #12000055
+# %% ../nbs/12_math.ipynb #12000049
 CHECK_SOLUTION = '''# 任務：檢查解答
 請逐步檢查下面這份解答：題目的數字有沒有抄錯，每個算式算得對不對，推理合不合題意，單位對不對，最後的答案是不是題目問的。
 自己先算一遍，再對照。只要有一個錯誤，就算不正確，並指出第一個錯誤。
@@ -753,9 +765,10 @@ def criticise(
     critic, # A client of kyara.llm
 ) -> list: # `Parsed` of kyara.llm with a `Verdict` as value, one for each
     "Have solutions checked step by step."
-    return critic.ask_json([render_prompt(CHECK_SOLUTION, problem=problem, solution=solution) for problem, solution in pairs], Verdict)
+    prompts = [render_prompt(CHECK_SOLUTION, problem=problem, solution=solution) for problem, solution in pairs]
+    return critic.ask_json(prompts, Verdict)
 
-# %% ../nbs/12_math.ipynb #12000058
+# %% ../nbs/12_math.ipynb #12000052
 ROUTES = ('majority', 'critic')
 
 def verify(
@@ -767,12 +780,14 @@ def verify(
     "Decide whether the answer counts."
     answers = [solution['answer'] for solution in problem['solutions']]
     answer, share, _ = majority(answers)
-    says = {'majority': answer is not None and share >= min_agreement, 'critic': bool(verdict and verdict.value and verdict.value.correct)}
-    agreement = {'samples': len(answers), 'answers': answers, 'answer': answer, 'share': round(share, 3), **says}
-    if not any(answers): return agreement, 'no_answer', problem['solutions'][0]['text'] if answers else ''
-    if answer is None or 'majority' in routes and not says['majority']: return agreement, 'no_majority', json.dumps(answers, ensure_ascii=False)
-    if 'critic' in routes and not (verdict and verdict.value): return agreement, 'no_verdict', verdict.reply.text if verdict else ''
-    if 'critic' in routes and not says['critic']: return agreement, 'critic_objects', verdict.value.error
+    agrees, judged = answer is not None and share >= min_agreement, verdict.value if verdict else None
+    agreement = {'samples': len(answers), 'answers': answers, 'answer': answer, 'share': round(share, 3), 'majority': agrees,
+                 'critic': bool(judged and judged.correct)}
+    if not any(answers): return agreement, 'no_answer', problem['solutions'][0]['text']
+    if answer is None or 'majority' in routes and not agrees:
+        return agreement, 'no_majority', json.dumps(answers, ensure_ascii=False)
+    if 'critic' in routes and not judged: return agreement, 'no_verdict', said(verdict)
+    if 'critic' in routes and not judged.correct: return agreement, 'critic_objects', judged.error
     return agreement, '', ''
 
 def with_last_line(
@@ -784,7 +799,7 @@ def with_last_line(
     if re.match(r'\W*(?:最終|最後)?答案\s*(?:[:：]|是|為)', lines[-1]): lines.pop()
     return '\n'.join([*lines, f'答案：{answer}'])
 
-# %% ../nbs/12_math.ipynb #12000059
+# %% ../nbs/12_math.ipynb #12000053
 def accept_solutions(
     problems: list[dict], # With `solutions`
     critic, # A client of kyara.llm
@@ -796,22 +811,24 @@ def accept_solutions(
     if unknown: raise UserError(f"routes names {unknown[0]!r}; known are {', '.join(ROUTES)}")
     chosen = [_first_of_majority(problem) for problem in problems]
     asked = [number for number, solution in enumerate(chosen) if solution]
-    verdicts = dict(zip(asked, criticise([(problems[number]['problem'], chosen[number]) for number in asked], critic)))
+    replies = criticise([(problems[number]['problem'], chosen[number]) for number in asked], critic)
+    verdicts = dict(zip(asked, replies))
     kept, pairs, dropped = [], [], []
     for number, problem in enumerate(problems):
-        verdict = verdicts.get(number)
-        agreement, reason, evidence = verify(problem, verdict, routes, min_agreement)
-        calls = [solution['call_id'] for solution in problem['solutions']] + ([verdict.reply.call_id] if verdict else [])
-        row = math_row({**problem, 'call_ids': problem['call_ids'] + calls}, problem['problem'], chosen[number], agreement=agreement)
+        agreement, reason, evidence = verify(problem, verdicts.get(number), routes, min_agreement)
+        calls = [one['call_id'] for one in problem['solutions']]
+        if number in verdicts: calls.append(verdicts[number].reply.call_id)
+        problem = {**problem, 'call_ids': problem['call_ids'] + calls}
+        row = math_row(problem, problem['problem'], chosen[number], agreement=agreement)
         if reason: dropped.append(drop(row, reason, evidence))
-        else:
-            kept.append(row)
-            pairs += outcome_pair(row, problem, agreement['answer'])
+        else: kept.append(row)
+        pairs += [] if reason else outcome_pair(row, problem, agreement['answer'])
     return kept, pairs, dropped
 
 def _first_of_majority(problem):
-    answer, _, who = majority([solution['answer'] for solution in problem['solutions']])
-    return with_last_line(problem['solutions'][who[0]]['text'], problem['solutions'][who[0]]['answer']) if who else None
+    _, _, who = majority([solution['answer'] for solution in problem['solutions']])
+    first = problem['solutions'][who[0]] if who else None
+    return first and with_last_line(first['text'], first['answer'])
 
 def outcome_pair(
     row: dict, # An accepted row
@@ -819,28 +836,28 @@ def outcome_pair(
     answer: str, # The verified answer
 ) -> list[dict]: # One preference row, or none if every sample was right
     "Set the accepted solution against a wrong one of the same problem."
-    wrong = [one for one in problem['solutions'] if one['answer'] is not None and not same_answer(one['answer'], answer)]
+    wrong = [one for one in problem['solutions'] if one['answer'] and not same_answer(one['answer'], answer)]
     if not wrong: return []
     prompt, chosen = row['messages']
     rejected = {'role': 'assistant', 'content': with_last_line(wrong[0]['text'], wrong[0]['answer'])}
     meta = {**row['meta'], 'parent_ids': [row['id']], 'model': wrong[0]['model'],
             'details': {'answer': answer, 'rejected_answer': wrong[0]['answer']}}
-    return [{'id': content_hash([[prompt], [chosen], [rejected]]), 'prompt': [prompt], 'chosen': [chosen], 'rejected': [rejected],
-             'origin': 'math_outcome', 'meta': pack_meta(**meta)}]
+    turns = {'prompt': [prompt], 'chosen': [chosen], 'rejected': [rejected]}
+    return [{'id': content_hash(list(turns.values())), **turns, 'origin': 'math_outcome', 'meta': pack_meta(**meta)}]
 
-# %% ../nbs/12_math.ipynb #12000066
+# %% ../nbs/12_math.ipynb #12000059
 def split_held_out(
     rows: list[dict], # Accepted rows, each problem once
     held_out: int, # How many to split off
 ) -> tuple[list[dict], list[dict]]: # Rows for training; held-out rows
     "Split rows by the hash of their problem."
     if held_out and held_out >= len(rows):
-        raise UserError(f'held_out is {held_out}, but only {len(rows)} problems were accepted; raise max_problems or lower held_out')
+        raise UserError(f'held_out is {held_out}, but {len(rows)} problems were accepted; raise max_problems or lower held_out')
     order = sorted(rows, key=lambda row: content_hash(row['messages'][0]['content']))
     apart = {row['id'] for row in order[:held_out]}
     return [row for row in rows if row['id'] not in apart], [row for row in rows if row['id'] in apart]
 
-# %% ../nbs/12_math.ipynb #12000068
+# %% ../nbs/12_math.ipynb #12000061
 def make_math(
     personas: list[dict], # As `read_personas` gives them
     teacher, # Client that writes and judges problems, and criticises solutions
@@ -854,7 +871,7 @@ def make_math(
     min_agreement: float, # Least share of samples behind the answer
     max_similarity: float, # Above it a problem is a near-duplicate
     seed: int, # Decides everything that is drawn
-) -> tuple[dict[str, list[dict]], dict[str, int]]: # Rows by artifact; how many problems came through each step
+) -> tuple[dict[str, list[dict]], dict[str, int]]: # Rows by artifact; problems left after each step
     "Make verified mathematics from personas."
     drafts = plan_drafts(personas, max_problems, kinds, difficulty, seed)
     written, unwritten = write_problems(drafts, teacher, seed)
@@ -866,5 +883,5 @@ def make_math(
     trained = {row['id'] for row in train}
     rows = {'dialogue': train, 'held_out': apart, 'dropped': unwritten + twins + ill_posed + refused,
             'preference': [pair for pair in pairs if pair['meta']['parent_ids'][0] in trained]}
-    funnel = {'asked': len(drafts), 'written': len(written), 'unique': len(unique), 'solvable': len(solvable), 'accepted': len(kept)}
-    return rows, funnel
+    funnel = {'asked': drafts, 'written': written, 'unique': unique, 'solvable': solvable, 'accepted': kept}
+    return rows, {step: len(came_through) for step, came_through in funnel.items()}

@@ -26,9 +26,14 @@ def text_table(
     columns = columns_of(rows)
     lines = [columns] + [[amount(row.get(column, '')) for column in columns] for row in rows]
     widths = [max(_width(line[number]) for line in lines) for number in range(len(columns))]
-    right = [all(isinstance(row.get(column, 0), (int, float, type(None))) for row in rows) for column in columns]
-    pad = lambda text, width, right: ' ' * (width - _width(text)) + text if right else text + ' ' * (width - _width(text))
-    return '\n'.join('  '.join(map(pad, line, widths, right)).rstrip() for line in lines) if rows else ''
+    right = [all(isinstance(row.get(column) or 0, (int, float)) for row in rows) for column in columns]
+    return '\n'.join('  '.join(map(_pad, line, widths, right)).rstrip() for line in lines) if rows else ''
+
+def _pad(text, width, right):
+    space = ' ' * (width - _width(text))
+    return space + text if right else text + space
+
+def _width(text): return sum(1 + (unicodedata.east_asian_width(character) in 'WF') for character in text)
 
 def columns_of(rows: list[dict]) -> list[str]:
     "List the columns that hold something, in order."
@@ -42,8 +47,6 @@ def amount(
     if isinstance(value, float): return f'{value:,.2f}'
     if isinstance(value, int): return f'{value:,}'
     return ', '.join(map(str, value)) if isinstance(value, (list, tuple)) else ' '.join(str(value).split())
-
-def _width(text): return sum(2 if unicodedata.east_asian_width(character) in 'WF' else 1 for character in text)
 
 # %% ../nbs/19_report.ipynb #19000006
 def html_table(
@@ -89,15 +92,15 @@ def stage_table(
         manifest = read_manifest(folder)
         counts = dict(manifest['counts'])
         row = {'stage': folder.name, 'kept': counts.pop('kept', None), 'dropped': counts.pop('dropped', None)}
-        table.append({**row, 'further': counts_text(counts), 'cost': float(manifest['cost']),
-                      'seconds': notebook_seconds(folder.with_suffix('.ipynb'))})
+        times = {'cost': float(manifest['cost']), 'seconds': notebook_seconds(folder.with_suffix('.ipynb'))}
+        table.append({**row, **times, 'further': counts_text(counts)})
     return table
 
 def counts_text(
     counts: dict[str, int], # As in a manifest
 ) -> str: # 'kept 40, dropped 3, ...'
     "Write counts in one line."
-    names = [name for name in ('kept', 'dropped') if name in counts] + [name for name in counts if name not in ('kept', 'dropped')]
+    names = sorted(counts, key=lambda name: (name != 'kept', name != 'dropped'))
     return ', '.join(f'{name} {amount(counts[name])}' for name in names)
 
 # %% ../nbs/19_report.ipynb #19000012
@@ -114,7 +117,8 @@ def notebook_seconds(
     path: Path, # An executed notebook
 ) -> float | None: # How long papermill took
     "Read the duration of an executed notebook."
-    duration = read_notebook(path)['metadata'].get('papermill', {}).get('duration') if path.is_file() else None
+    if not path.is_file(): return None
+    duration = read_notebook(path)['metadata'].get('papermill', {}).get('duration')
     return None if duration is None else round(duration, 1)
 
 # %% ../nbs/19_report.ipynb #19000015
@@ -129,14 +133,14 @@ def drop_reasons(
             key = folder.name, row['drop_reason']
             counts[key] += 1
             examples.setdefault(key, row.get('evidence', ''))
-    return [{'stage': stage, 'reason': reason, 'rows': count, 'example of the evidence': examples[stage, reason][:120]}
+    return [{'stage': stage, 'reason': reason, 'rows': count, 'evidence': examples[stage, reason][:120]}
             for (stage, reason), count in counts.most_common()]
 
 # %% ../nbs/19_report.ipynb #19000018
 def survey(
     rows: Iterable[dict], # Dialogue or preference rows
     per_task: int = 2, # Samples to keep of each task
-) -> dict: # Counters 'task', 'lang', 'rounds', 'license', 'model', 'source', 'characters', and 'samples' by task
+) -> dict: # Counters 'task', 'lang', 'rounds', 'license', 'model', 'source'; 'characters'; 'samples' by task
     "Count what rows are like, and keep the first of each task."
     names = ('task', 'lang', 'rounds', 'license', 'model', 'source')
     found = {**{name: Counter() for name in names}, 'characters': [], 'samples': {}}
@@ -171,17 +175,21 @@ def statistics_table(
     surveys: dict[str, dict], # As `survey_run` gives them
 ) -> list[dict]: # A row per stage
     "Sum up the rows of each stage: rows, characters, rounds, languages."
-    share = lambda counter: ', '.join(f'{name} {count / counter.total():.0%}' for name, count in counter.most_common(4))
     return [{'stage': name, 'rows': len(found['characters']), 'characters': sum(found['characters']),
              'characters a row': sum(found['characters']) / max(1, len(found['characters'])),
-             'languages': share(found['lang']), 'rounds': share(found['rounds'])} for name, found in surveys.items()]
+             'languages': _shares(found['lang']), 'rounds': _shares(found['rounds'])}
+            for name, found in surveys.items()]
+
+def _shares(counter):
+    return ', '.join(f'{name} {count / counter.total():.0%}' for name, count in counter.most_common(4))
 
 def data_card(
     surveys: dict[str, dict], # As `survey_run` gives them
 ) -> list[dict]: # Rows by stage, task, source, licence and model
     "Say what the data of each stage are made of."
     return [{'stage': stage, 'of': name, 'value': value, 'rows': count} for stage, found in surveys.items()
-            for name in ('task', 'source', 'license', 'model') for value, count in found[name].most_common(12)]
+            for name in ('task', 'source', 'license', 'model')
+            for value, count in found[name].most_common(12)]
 
 # %% ../nbs/19_report.ipynb #19000023
 def read_scores(
@@ -190,7 +198,8 @@ def read_scores(
     "Read the scores of the run's evaluation, {} if there is none."
     scores = {}
     for folder in finished_stages(run_dir):
-        if (folder / 'scores.json').is_file(): scores.update(json.loads((folder / 'scores.json').read_text(encoding='utf-8')))
+        path = folder / 'scores.json'
+        if path.is_file(): scores.update(json.loads(path.read_text(encoding='utf-8')))
     return scores
 
 def score_table(
@@ -199,9 +208,16 @@ def score_table(
     "Lay the scores out, with intervals."
     scores = read_scores(run_dir)
     benchmarks = dict.fromkeys(name for results in scores.values() for name in results)
-    show = lambda result: f"{result['score']:.1f} ({result['low']:.1f} to {result['high']:.1f})" if result else ''
-    return [{'benchmark': name, 'n': max(results[name]['n'] for results in scores.values() if name in results),
-             **{model: show(results.get(name)) for model, results in scores.items()}} for name in benchmarks]
+    table = []
+    for name in benchmarks:
+        found = {model: results.get(name) for model, results in scores.items()}
+        items = max(result['n'] for result in found.values() if result)
+        shown = {model: _score(result) for model, result in found.items()}
+        table.append({'benchmark': name, 'n': items, **shown})
+    return table
+
+def _score(result):
+    return f"{result['score']:.1f} ({result['low']:.1f} to {result['high']:.1f})" if result else ''
 
 # %% ../nbs/19_report.ipynb #19000025
 def plot_bars(
@@ -212,8 +228,8 @@ def plot_bars(
 ): # A matplotlib figure
     "Draw horizontal bars, the first on top."
     figure, axes = _figure(max(1.6, 0.9 + 0.28 * len(values)))
-    spread = [[values[key] - low for key, (low, _) in zip(values, errors)],
-              [high - values[key] for key, (_, high) in zip(values, errors)]] if errors else None
+    spread = [[max(0, value - low) for value, (low, _) in zip(values.values(), errors)],
+              [max(0, high - value) for value, (_, high) in zip(values.values(), errors)]] if errors else None
     axes.barh(list(values), list(values.values()), xerr=spread, color='#4477aa', ecolor='#222222', capsize=3)
     axes.invert_yaxis()
     axes.set(title=title, xlabel=label)
@@ -226,7 +242,8 @@ def plot_training(
     "Draw the loss over the steps."
     figure, axes = _figure(3)
     for name, color in (('train', '#4477aa'), ('eval', '#cc6677')):
-        points = [(entry['step'], value) for entry in log.get(name, []) if (value := entry.get('loss', entry.get('eval_loss'))) is not None]
+        points = [(entry['step'], entry.get('loss', entry.get('eval_loss'))) for entry in log.get(name, [])]
+        points = [point for point in points if point[1] is not None]
         if points: axes.plot(*zip(*points), color=color, marker='o' if name == 'eval' else '', label=name)
     axes.set(title=title, xlabel='step', ylabel='loss', ylim=(0, None))
     axes.legend()
@@ -245,7 +262,8 @@ def image_tag(
     "Put a figure into the page."
     image = io.BytesIO()
     figure.savefig(image, format='png', dpi=120, metadata={'Software': None})
-    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}">'
+    text = base64.b64encode(image.getvalue()).decode()
+    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{text}">'
 
 # %% ../nbs/19_report.ipynb #19000029
 def run_plots(
@@ -260,7 +278,7 @@ def run_plots(
     tag = lambda title, figure: image_tag(figure, title)
     return {'funnel': [tag('Rows kept', plot_bars(kept, 'Rows kept', 'rows'))] if kept else [],
             'dropped': [tag('Rows dropped', plot_bars(reasons, 'Rows dropped', 'rows'))] if reasons else [],
-            'training': [tag(f'Loss of {name}', plot_training(log, name)) for name, log in logs if log.get('train')],
+            'training': [tag(f'Loss of {name}', plot_training(log, name)) for name, log in logs],
             'scores': _score_plots(read_scores(run_dir))}
 
 def _score_plots(scores):
@@ -268,7 +286,7 @@ def _score_plots(scores):
     for name in dict.fromkeys(name for results in scores.values() for name in results):
         results = {model: found[name] for model, found in scores.items() if name in found}
         values = {model: result['score'] for model, result in results.items()}
-        ends = [(min(result['low'], result['score']), max(result['high'], result['score'])) for result in results.values()]
+        ends = [(result['low'], result['high']) for result in results.values()]
         plots.append(image_tag(plot_bars(values, name, 'score', ends), name))
     return plots
 
@@ -281,28 +299,35 @@ def sample_html(
     if 'rejected' in row: turns += [('rejected', turn['content']) for turn in row['rejected']]
     body = ''.join(f'<p><b>{html.escape(role)}</b> {html.escape(text[:1500])}</p>' for role, text in turns)
     origins = ', '.join((row.get('meta') or {}).get('source_ids', [])[:6])
-    return f"<div class='sample'>{body}<small>{html.escape(row['id'])} from {html.escape(origins or 'no passage')}</small></div>"
+    origin = html.escape(f"{row['id']} from {origins or 'no passage'}")
+    return f"<div class='sample'>{body}<small>{origin}</small></div>"
 
 def samples_html(
     surveys: dict[str, dict], # As `survey_run` gives them
 ) -> str: # Samples of each task, of the latest stage that has the task
     "Show samples of each task."
-    latest = {task: (stage, rows) for stage, found in surveys.items() for task, rows in found['samples'].items()}
-    return ''.join(f'<details><summary>{html.escape(task)} ({html.escape(stage)})</summary>{"".join(map(sample_html, rows))}</details>'
-                   for task, (stage, rows) in latest.items())
+    latest = {task: (stage, rows) for stage, found in surveys.items()
+              for task, rows in found['samples'].items()}
+    blocks = {f'{task} ({stage})': ''.join(map(sample_html, rows)) for task, (stage, rows) in latest.items()}
+    return ''.join(f'<details><summary>{html.escape(title)}</summary>{text}</details>'
+                   for title, text in blocks.items())
 
 # %% ../nbs/19_report.ipynb #19000033
 PAGE = '''<!DOCTYPE html>
-<html lang="zh-Hant-TW"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<html lang="zh-Hant-TW"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>[[title]]</title><style>
-body { font: 16px/1.6 system-ui, "Noto Sans TC", "PingFang TC", "Microsoft JhengHei", sans-serif; max-width: 60rem;
-  margin: auto; padding: 1rem; color: #222 }
+body { font: 16px/1.6 system-ui, "Noto Sans TC", "PingFang TC", "Microsoft JhengHei", sans-serif;
+  max-width: 60rem; margin: auto; padding: 1rem; color: #222 }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc } .wide { overflow-x: auto } img { max-width: 100% }
-table { border-collapse: collapse; font-size: .9rem } th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd;
-  text-align: left; vertical-align: top } td.number { text-align: right; font-variant-numeric: tabular-nums }
-.sample { background: #f6f6f6; padding: .5rem 1rem; margin: .7rem 0 } .sample p { white-space: pre-wrap; margin: .4rem 0;
-  overflow-wrap: anywhere } summary { cursor: pointer; padding: .3rem 0 } small { color: #666 }
+table { border-collapse: collapse; font-size: .9rem }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
+td.number { text-align: right; font-variant-numeric: tabular-nums }
+.sample { background: #f6f6f6; padding: .5rem 1rem; margin: .7rem 0 }
+.sample p { white-space: pre-wrap; margin: .4rem 0; overflow-wrap: anywhere }
+summary { cursor: pointer; padding: .3rem 0 } small { color: #666 }
 </style></head><body><h1>[[title]]</h1><p>[[description]]</p>
 [[sections]]
 <p><small>kyara [[version]]</small></p></body></html>
@@ -324,15 +349,16 @@ def report_html(
                 'Training': ''.join(plots['training']),
                 'Data card': html_table(data_card(surveys))}
     body = '\n'.join(f'<h2>{name}</h2>\n{text}' for name, text in sections.items() if text)
-    page = PAGE.replace('[[title]]', html.escape(f"Kyara: {record.get('name', run_dir.name)}"))
-    page = page.replace('[[description]]', html.escape(record.get('description', ''))).replace('[[version]]', kyara.__version__)
-    return page.replace('[[sections]]', body)
+    title = html.escape(f"Kyara: {record.get('name', run_dir.name)}")
+    description = html.escape(record.get('description', ''))
+    page = PAGE.replace('[[title]]', title).replace('[[version]]', kyara.__version__)
+    return page.replace('[[description]]', description).replace('[[sections]]', body)
 
 def write_report(
     run_dir: str | Path, # Folder of a run
 ) -> Path: # runs/NAME/report.html
     "Write the report of a run into its folder."
-    if not finished_stages(run_dir): raise UserError(f'{run_dir} has no finished stage to report; run its recipe first')
+    if not finished_stages(run_dir): raise UserError(f'{run_dir} has no finished stage; run its recipe first')
     path = Path(run_dir) / 'report.html'
     write_text(path, report_html(run_dir))
     return path
@@ -346,7 +372,8 @@ def trace_row(
     run_dir = Path(run_dir)
     if not run_dir.is_dir(): raise UserError(f'{run_dir} is no run; name a folder such as runs/demo')
     tree = lineage(run_dir, row_id)
-    if tree['kind'] == 'unknown': raise UserError(f'no row of {run_dir} has the id {row_id}; the report and the Parquet files show ids')
+    if tree['kind'] == 'unknown':
+        raise UserError(f'no row of {run_dir} has the id {row_id}; the report shows some ids')
     return tree, find_calls(sorted(_call_ids(tree)), ledgers_of(run_dir))
 
 def _call_ids(tree):
@@ -358,7 +385,8 @@ def ledgers_of(
 ) -> list[Path]: # Ledgers its stages wrote to
     "Find the ledgers of a run."
     record = read_record(run_dir)
-    places = {run_dir / record['nbs'] / stage['ledger'] for stage in record.get('stages', {}).values() if 'ledger' in stage}
+    stages = record.get('stages', {}).values()
+    places = {run_dir / record['nbs'] / stage['ledger'] for stage in stages if 'ledger' in stage}
     return sorted(place for place in places if place.is_file())
 
 def find_calls(
@@ -382,10 +410,12 @@ def trace_lines(
     "Show a row's origin as a tree."
     row = tree['row']
     meta = row.get('meta') or {}
-    lines = [' · '.join(filter(None, [f"{indent}{tree['id']}", tree['kind'], tree['stage'], *_headline(row)]))]
-    inside = indent + '  '
-    if 'drop_reason' in row: lines.append(f"{inside}dropped: {row['drop_reason']} ({row.get('evidence', '')})")
-    facts = [f'{key} {amount(meta[key])}' for key in meta if key.startswith('score_') or key in ('model', 'license', 'tags')]
+    headline = [indent + tree['id'], tree['kind'], tree['stage'], *_headline(row)]
+    lines, inside = [' · '.join(filter(None, headline))], indent + '  '
+    evidence = f" ({row['evidence']})" if row.get('evidence') else ''
+    if 'drop_reason' in row: lines.append(f"{inside}dropped: {row['drop_reason']}{evidence}")
+    shown = [key for key in meta if key.startswith('score_') or key in ('model', 'license', 'tags')]
+    facts = [f'{key} {amount(meta[key])}' for key in shown]
     if facts: lines.append(inside + ', '.join(facts))
     turns = [*turns_of(row), *row.get('rejected', [])] if 'messages' in row or 'prompt' in row else []
     lines += [f"{inside}{turn['role']}: {' '.join(turn['content'].split())[:120]}" for turn in turns]
@@ -396,7 +426,7 @@ def trace_lines(
 
 def _headline(row):
     offsets = f"characters {row['start']} to {row['end']}" if 'start' in row else ''
-    return [row.get('task'), row.get('origin'), row.get('title'), offsets, row.get('source'), row.get('license')]
+    return [*map(row.get, ('task', 'origin', 'title')), offsets, row.get('source'), row.get('license')]
 
 def _call_line(name, entry):
     if entry is None: return f'call {name[:12]} is in no ledger of this run'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'FOLDED_RANGES', 'OPENING', 'CLOSING', 'BOUNDARY', 'ABBREVIATION', 'AFTER_END', 'GOES_ON', 'HAN', 'RUN',
            'NUMERALS', 'HAN_DIGITS', 'SMALL_UNITS', 'LARGE_UNITS', 'ARABIC', 'PIECE', 'MORE', 'PLAIN', 'FRACTION',
-           'SHARE', 'MEASURES', 'KINDS', 'FIRST', 'NOT_COUNTING', 'IDIOMS', 'NEVER_IN_TAIWAN', 'IN_BOTH',
+           'SHARE', 'LONGEST', 'MEASURES', 'KINDS', 'FIRST', 'NOT_COUNTING', 'IDIOMS', 'NEVER_IN_TAIWAN', 'IN_BOTH',
            'COMMON_ENGLISH', 'ADDRESS', 'CODE', 'VOCABULARY', 'LEGITIMATE', 'CONTEXTS', 'SHARED_IN_PHRASES', 'CHINESE',
            'FULL_WIDTH', 'HALF_WIDTH', 'PAIRS', 'fold_table', 'fold_script', 'converter', 'to_traditional',
            'split_sentences', 'tokens', 'read_plain', 'parse_number', 'unit_table', 'Number', 'number_pattern',
@@ -181,11 +181,14 @@ PLAIN = (rf'(?:{ARABIC}(?: ?(?:[十百萬億兆]|千(?![米克瓦卡赫]))+(?:{M
 FRACTION = re.compile(rf'(?:({PLAIN})又)?({PLAIN}|[百千萬])分之({PLAIN})')
 SHARE = re.compile(r'([一二三四五六七八九十]|\d+)成([一二三四五六七八九半])?|([一二三四五六七八九]{1,2}|\d{1,2})折')
 
+LONGEST = 60 # A longer run of digits is data, not a number that anybody states
+
 def parse_number(
     text: str, # One number: 十萬, 1.5萬, 三分之二, 1,200, 12%, 五成, 九折, １２
 ) -> Fraction | None: # Its value, None if the text is not one number
     "Read one number, however it is written."
-    text = unicodedata.normalize('NFKC', text).translate(NUMERALS).strip()
+    text = unicodedata.normalize('NFKC', text[:100]).translate(NUMERALS).strip()
+    if len(text) > LONGEST: return None
     sign = -1 if text[:1] in ('-', '負') else 1
     value = _read_unsigned(text.lstrip('+-負').strip())
     return None if value is None else sign * value
@@ -397,7 +400,7 @@ CODE = re.compile('|'.join([
     r'(?s:```.*?(?:```|\Z))', r'(?s:~~~.*?(?:~~~|\Z))', r'`[^`\n]+`', # Markdown
     r'(?s:<(code|pre|script|style)\b.*?</\1>)', r'</?[A-Za-z][^<>\n]*>', r'(?s:<!--.*?-->)', # HTML
     rf'(?:https?|ftp|file)://{ADDRESS}(?:(?<=[/=])[\u4e00-\u9fff]+(?:{ADDRESS})?)*', # Links
-    rf'\bwww\.{ADDRESS}', r'[\w.+-]+@[\w-]+\.[\w.]+',
+    rf'\bwww\.{ADDRESS}', r'(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,64}\.[\w.]{2,64}',
     # Formulas
     r'\$\$(?s:.+?)\$\$', r'\$[^$\n\u4e00-\u9fff]+\$', r'\\\[(?s:.+?)\\\]', r'\\\(.+?\\\)']), re.ASCII)
 

@@ -1,4 +1,6 @@
 "Hard cases of the citation check; each row names what is wrong with the claim."
+import time
+
 import pytest
 
 from kyara.cite import check_citations, citation_gate, split_claims
@@ -82,3 +84,11 @@ def test_gate():
 
 def test_documents_without_id_are_refused():
     with pytest.raises(UserError, match='document 1 has no id'): check_citations('甲', [{'text': '乙'}])
+
+
+@pytest.mark.parametrize('unit', ['.', '1', '【id_1', '。', ' ', '甲，'])
+def test_no_answer_is_slow(unit):
+    text = unit * (10_000 // len(unit))
+    started = time.process_time()
+    check_citations(text, {'id_1': text})
+    assert time.process_time() - started < 5, unit

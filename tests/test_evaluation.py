@@ -85,4 +85,4 @@ def test_hostile_text_takes_linear_time(text):
     score_rows('alignbench', [{'id': name, 'category': name, 'judgment': text} for name in names])
     score_rows('chinese-reason-bench', [{'id': 1, 'judge_score': 5}, {'id': 2, 'judgment': text}])
     for benchmark in ('gsm8k', 'math-held-out'): BENCHMARKS[benchmark].extract(text, {})
-    assert time.perf_counter() - start < 20
+    assert time.perf_counter() - start < 60 # Quadratic time would be hours; a busy machine is only slow

@@ -1,12 +1,12 @@
 "What no single notebook can check about itself: recipes, tags, parameters, imports, lengths."
-import ast, configparser, json, re, subprocess, sys
+import ast, json, re, subprocess, sys
 from pathlib import Path
 
 import papermill
 import pytest
 
 from kyara.core import UserError
-from kyara.run import MODEL_PARAMETERS, build_parser, declared_parameters, load_recipe, read_yaml
+from kyara.run import build_parser, declared_parameters, load_recipe
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(ROOT.glob('nbs/[0-9]*.ipynb'))
@@ -37,14 +37,7 @@ def test_recipe_is_valid(recipe, monkeypatch):
     assert loaded.name == recipe.stem and loaded.description, recipe
 
 @pytest.mark.parametrize('recipe', RECIPES, ids=stem)
-def test_recipe_holds_no_secret_and_only_settings_names(recipe):
-    settings = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=('#',))
-    settings.read(ROOT / 'settings.ini', encoding='utf-8')
-    known = {section.removeprefix('model.') for section in settings.sections()} | {'offline', ''}
-    for name, stage in read_yaml(recipe)['stages'].items():
-        for key in set(MODEL_PARAMETERS) & stage.keys():
-            values = [stage[key]] if isinstance(stage[key], str) else list(stage[key])
-            assert all(value in known or '{' in str(value) for value in values), (name, key, values)
+def test_recipe_holds_no_secret(recipe):
     assert not re.search(r'sk-\w{16,}|AIza\w{20,}|hf_\w{20,}', recipe.read_text(encoding='utf-8'))
 
 # Stage notebooks
@@ -112,7 +105,7 @@ def test_notebook_begins_with_title_and_promise_and_stays_readable(path):
     assert len(found['cells']) <= 70, len(found['cells'])
     assert {'name', 'language'} <= found['metadata']['kernelspec'].keys()
 
-@pytest.mark.parametrize('path', sorted((ROOT / 'kyara').glob('*.py')), ids=stem)
+@pytest.mark.parametrize('path', sorted((ROOT / 'kyara').glob('[a-z]*.py')), ids=stem)
 def test_functions_are_short(path):
     functions = [node for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))) if isinstance(node, ast.FunctionDef)]
     assert not [(node.name, node.end_lineno - node.lineno + 1) for node in functions if node.end_lineno - node.lineno >= 40]

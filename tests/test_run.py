@@ -313,3 +313,55 @@ def test_output_is_plain_where_nobody_watches(recipe):
 def test_fingerprint_of_a_stage_is_that_of_its_outputs(copy):
     folder = copy.with_suffix('')
     assert fingerprint(folder / 'write') == json.loads((folder / 'count/manifest.json').read_text())['inputs']['0:write']
+
+# Commands on files
+
+def test_ask_gives_a_line_for_every_line(tmp_path, capsys):
+    turns = [{'role': 'user', 'content': '小明有3顆蘋果，又買了4顆，現在有幾顆？'}]
+    lines = [json.dumps({'id': 'a', 'messages': turns}), '{broken', json.dumps({'id': 'c', 'messages': []}),
+             json.dumps({'id': 'd', 'messages': turns, 'temprature': 1}), json.dumps({'id': 'e', 'messages': turns, 'sample': 1})]
+    (tmp_path / 'prompts.jsonl').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    words = ['ask', '--model', 'offline', '--in', f'{tmp_path}/prompts.jsonl', '--out', f'{tmp_path}/replies.jsonl',
+             '--ledger', f'{tmp_path}/ledger.sqlite']
+    assert main(words) == 3
+    replies = [json.loads(line) for line in (tmp_path / 'replies.jsonl').read_text(encoding='utf-8').splitlines()]
+    assert [reply['id'] for reply in replies] == ['a', None, 'c', 'd', 'e']
+    assert [reply['error'] for reply in replies] == [None, 'line 2 is not a JSON object', 'line 3 has no messages with role and content',
+                                                     'line 4 has the unknown key temprature', None]
+    assert replies[0].keys() == {'id', 'reply', 'finish_reason', 'model_version', 'usage', 'cost', 'error'}
+    (tmp_path / 'prompts.jsonl').write_text(lines[0] + '\n', encoding='utf-8')
+    assert main(words) == 0
+    for action in ('stats', 'export', 'verify'): assert main(['ledger', action, f'{tmp_path}/ledger.sqlite']) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == 'whole'
+    assert sum(1 for _ in open(tmp_path / 'ledger.jsonl', encoding='utf-8')) == 2
+
+def test_cite_prints_claims(tmp_path, capsys):
+    (tmp_path / 'answer.txt').write_text('玉山主峰海拔3,952公尺【id_27025b13】。合歡山位於花蓮縣【id_99】。', encoding='utf-8')
+    rows = {'id_27025b13': '玉山主峰海拔3,952公尺，是臺灣最高的山。'}
+    (tmp_path / 'map.json').write_text(json.dumps(rows), encoding='utf-8')
+    lines = [json.dumps({'id': name, 'title': '玉山', 'text': text}) + '\n' for name, text in rows.items()]
+    (tmp_path / 'rows.jsonl').write_text(''.join(lines), encoding='utf-8')
+    for name in ('map.json', 'rows.jsonl'):
+        assert main(['cite', '--answer', f'{tmp_path}/answer.txt', '--documents', f'{tmp_path}/{name}', '--json']) == 0
+        claims = json.loads(capsys.readouterr().out)
+        assert [claim['verdict'] for claim in claims] == ['supported', 'unknown_id'], claims
+        assert claims[0].keys() == {'text', 'cited', 'verdict', 'reason', 'score'}
+
+def test_lint_and_fix(tmp_path, capsys):
+    path = tmp_path / 'article.txt'
+    path.write_text('這個軟件很好用。\n', encoding='utf-8')
+    assert main(['lint', str(path), '--json']) == 0
+    finding, = json.loads(capsys.readouterr().out)
+    assert finding['text'] == '軟件' and finding.keys() == {'start', 'end', 'text', 'kind', 'suggestion', 'confidence'}
+    assert main(['lint', str(path), '--fix']) == 0
+    assert path.read_text(encoding='utf-8') == '這個軟體很好用。\n'
+
+def test_search(tmp_path, capsys):
+    from kyara.index import KnowledgeBase
+    document = {'doc_id': 'd1', 'title': '玉山', 'text': '玉山主峰海拔3,952公尺。', 'source': 'test', 'license': 'CC0-1.0', 'lang': 'zh-TW'}
+    KnowledgeBase.build([document], tmp_path / 'kb')
+    assert main(['search', '玉山有多高', '--kb', str(tmp_path / 'kb'), '--json']) == 0
+    hit, = json.loads(capsys.readouterr().out)
+    assert hit['title'] == '玉山' and hit['doc_id'] == 'd1'
+    assert_told(capsys, main(['search', ' ', '--kb', str(tmp_path / 'kb')]), 'the question is empty')
+    assert_told(capsys, main(['search', '玉山', '--kb', str(tmp_path / 'none')]), 'none')

@@ -1,5 +1,5 @@
 "Hard cases of script, sentences, numbers and Taiwan's wording; each row names what it is about."
-import gzip, json
+import gzip, json, time
 from fractions import Fraction
 from pathlib import Path
 
@@ -102,6 +102,14 @@ def test_find_numbers(why, text, want):
     ('only 台', '台灣與台北', []), ('formula', '設 $x,y$ 為實數', [])])
 def test_lint(why, text, found):
     assert [(finding.text, finding.suggestion) for finding in lint_taiwan(text)] == found, why
+
+
+@pytest.mark.parametrize('unit', ['.', '1', '1,', 'a.', '“中', '$中', '(', '「', '`', '<a', '一', ' '])
+def test_no_text_is_slow(unit):
+    text = unit * (20_000 // len(unit))
+    started = time.process_time()
+    lint_taiwan(text), find_numbers(text), split_sentences(text), tokens(text), detect_language(text)
+    assert time.process_time() - started < 5, unit
 
 
 def test_offsets_and_fixing():

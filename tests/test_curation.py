@@ -1,0 +1,208 @@
+"""Curated set: tags, scorers, selection, rewriting, data card, and what becomes of every row"""
+import json
+from collections import Counter
+
+import pytest
+import yaml
+
+from kyara import curation
+from kyara.core import UserError, details, dialogue, read_rows
+from kyara.curation import Candidate
+from kyara.llm import Client, Parsed, Reply
+
+ROWS = 'tests/data/base_rows.jsonl'
+DEFAULTS = dict(teacher='offline', judge='offline', reward_model='', max_rows=0, quotas={}, group_share=1.0, floor=0.1,
+                min_tag_count=2, unrewritten='keep', seed=0)
+
+
+def talk(question, answer, task='knowledge_qa', **meta):
+    turns = [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': answer}]
+    return dialogue(turns, task, **{'license': 'CC0-1.0', 'lang': 'zh-TW', 'source': 'test', **meta})
+
+
+def run(folder, sources=(ROWS,), **changes):
+    return curation.curate(folder / 'curation', sources=[str(source) for source in sources], ledger=str(folder / 'ledger.sqlite'),
+                           **{**DEFAULTS, **changes})
+
+
+class Scripted:
+    "A client whose replies are written down."
+    model, cost = 'scripted', 0.0
+
+    def __init__(self, *texts):
+        self.texts = list(texts)
+
+    def ask(self, prompts, **sampling):
+        return [Reply(f'call{number}', self.texts.pop(0), 'stop') for number, _ in enumerate(prompts)]
+
+    def ask_json(self, prompts, schema, **sampling):
+        replies = self.ask(prompts)
+        return [Parsed(schema.model_validate_json(reply.text), reply) if reply.text.startswith('{') else Parsed(None, reply, 'unparsable')
+                for reply in replies]
+
+
+@pytest.mark.parametrize('written, final', [
+    ('臺灣歷史', '歷史'), ('台灣歷史', '歷史'), ('Math', 'math'), ('MATH', 'math'), ('smart', 'smart'), ('art', 'art'), ('罕見', ''),
+    ('歷史 ', '歷史'), ('world geography', 'geography')])
+def test_tags_are_merged(written, final):
+    counts = Counter({'歷史': 9, '臺灣歷史': 3, '台灣歷史': 1, 'math': 5, 'Math': 2, 'MATH': 1, 'smart': 2, 'art': 4, '罕見': 1, '歷史 ': 1,
+                      'geography': 4, 'world geography': 1})
+    assert curation.merge_tags(counts)[written] == final
+
+
+@pytest.mark.parametrize('answer, fault', [
+    ('好的，玉山高3,952公尺。', 'filler opening'), ('Sure! It is 3,952 m.', 'filler opening'), ('玉山高3,952公尺。希望對你有幫助！', 'filler closing'),
+    ('玉山高3,952公尺，是臺灣', 'unfinished'), ('太棒了！好高！真的！', 'shouting'), ('請用鼠標點開視頻。', 'foreign words')])
+def test_style_faults(answer, fault):
+    assert list(curation.style_faults(talk('玉山多高？', answer))) == [fault]
+
+
+def test_rows_without_readable_scores_are_dropped():
+    rows = [talk('玉山多高？', '玉山海拔3,952公尺。'), talk('日月潭在哪裡？', '日月潭在南投縣。'), talk('臺灣多大？', '約3萬6千平方公里。')]
+    teacher = Scripted('{"tags": ["地理"]}', '沒有標籤', '{"tags": ["地理"]}')
+    judge = Scripted('{"reason": "好", "score": 9}', '{"reason": "好", "score": 9}', '{"reason": "好", "score": 99}')
+    got = [row.get('drop_reason', '') for row in curation.score_rows(rows, teacher, judge)]
+    assert got == ['', 'tags_unparsable', 'judge_unparsable']
+
+
+def test_no_scorer_picks_alone():
+    rows = [Candidate(f'r{n}', 'qa', ['地理'], {'judge': n, 'style': 1.0 if n < 9 else 0.0}) for n in range(10)]
+    curation.place_candidates(rows)
+    verdicts = dict(zip((one.row_id for one in rows), curation.select(rows, floor=0.2)))
+    assert verdicts['r9'] == ('few_votes', 'judge 1.00, style 0.10'), 'the best of the judge, the worst of the rules'
+    assert verdicts['r0'][0] == 'few_votes' and verdicts['r8'] == ('', '')
+
+
+def test_selection_balances_groups_and_keeps_quotas():
+    rows = [Candidate(f'm{n}', 'math', ['數學'], {'judge': n, 'style': n}) for n in range(50)]
+    rows += [Candidate(f'g{n}', 'qa', ['地理', '查詢'], {'judge': n, 'style': n}) for n in range(5)]
+    rows += [Candidate(f'h{n}', 'qa', ['歷史', '查詢'], {'judge': n, 'style': n}) for n in range(5)]
+    curation.place_candidates(rows)
+    pick = lambda **how: [one.row_id for one, (reason, _) in zip(rows, curation.select(rows, floor=0.0, **how)) if not reason]
+    assert Counter(name[0] for name in pick(max_rows=12)) == {'m': 4, 'g': 4, 'h': 4}
+    assert 'm49' in pick(max_rows=3) and 'm0' not in pick(max_rows=12)
+    assert Counter(name[0] for name in pick(quotas={'math': 2, '歷史': 1})) == {'m': 2, 'g': 5, 'h': 1}
+    assert Counter(name[0] for name in pick(group_share=0.2))['m'] == 12
+    assert pick(max_rows=20, seed=4) == pick(max_rows=20, seed=4) and len(pick(max_rows=20, seed=5)) == 20
+
+
+SYSTEM = dialogue([{'role': 'system', 'content': '回答結尾一律加上『謝謝光臨』。'}, {'role': 'user', 'content': '幾點開門？'},
+                   {'role': 'assistant', 'content': '每天上午九點開門。謝謝光臨'}], 'system_prompt', lang='zh-TW')
+CITED = talk('凍頂烏龍茶產於哪裡？', '凍頂烏龍茶產於南投縣鹿谷鄉【id_d1d2d3d4】。', 'rag_answer')
+
+
+@pytest.mark.parametrize('row, answer, problem', [
+    (CITED, '鹿谷鄉是凍頂烏龍茶的產地【id_d1d2d3d4】。', ''),
+    (CITED, '鹿谷鄉是凍頂烏龍茶的產地。', 'lost_citations'),
+    (CITED, '鹿谷鄉是凍頂烏龍茶的產地【id_00000000】。', 'lost_citations'),
+    (CITED, ' \n', 'empty'),
+    (CITED, '凍頂烏龍茶在1980年產於鹿谷鄉【id_d1d2d3d4】。', 'new_numbers'),
+    (CITED, '冻顶乌龙茶产于南投县鹿谷乡，那里的气候适合种茶【id_d1d2d3d4】。', 'simplified_script'),
+    (talk('3加4？', '3 + 4 = 7\n答案：7', 'math'), '三加四，也就是 3 + 4 = 7。\n答案：7', ''),
+    (talk('3加4？', '3 + 4 = 7\n答案：7', 'math'), '3 + 4 = 8\n答案：8', 'changed_answer'),
+    (talk('3加4？', '3 + 4 = 7\n答案：7', 'math'), '我不確定。', 'changed_answer'),
+    (SYSTEM, '上午九點開門。謝謝光臨', ''),
+    (SYSTEM, '上午九點開門。', 'lost_rule'),
+    (talk('分幾類？', '- 一般垃圾\n- 廚餘', 'system_prompt'), '一般垃圾與廚餘。', 'lost_rule'),
+    (talk('玉山多高？', '玉山高3,952公尺。'), '1. 玉山高3952公尺。\n2. 它是臺灣最高的山。', ''),
+])
+def test_rewrites_are_checked(row, answer, problem):
+    assert curation.rewrite_problem(row, answer) == problem
+
+
+def test_rewritten_rows_keep_their_origin():
+    old = talk('玉山多高？', '好的，玉山高3,952公尺。', model='teacher-b', source_ids=['id_1'], call_ids=['first'], tags=['地理'])
+    refusal = talk('紅檜可以活多久？', '參考文件缺乏與問題相關資訊', 'rag_refusal')
+    new, same, bad, kept = curation.rewrite_rows([old, CITED, talk('臺灣多大？', '約3萬6千平方公里。'), refusal],
+                                                 Scripted('玉山海拔3,952公尺。', CITED['messages'][-1]['content'], '約99萬平方公里。'))
+    assert new['meta'] | {'details': ''} == {**old['meta'], 'stage': 'curation', 'parent_ids': [old['id']], 'call_ids': ['first', 'call0'],
+                                             'model': 'scripted', 'details': ''}
+    assert details(new) == {'old_answer': '好的，玉山高3,952公尺。', 'old_model': 'teacher-b', 'rewrite': 'done'} and new['id'] != old['id']
+    assert details(same)['rewrite'] == 'nothing to change' and 'model' not in same['meta']
+    assert details(bad)['rewrite'] == 'new_numbers' and bad['messages'][-1]['content'] == '約3萬6千平方公里。'
+    assert kept['messages'] == refusal['messages'] and kept['meta']['parent_ids'] == [refusal['id']]
+    [gone] = curation.rewrite_rows([old], Scripted(''), unrewritten='drop')
+    assert gone['drop_reason'] == 'rewrite_empty' and gone['id'] == old['id']
+
+
+def test_stage_loses_no_row_and_repeats_itself(tmp_path):
+    report = run(tmp_path / 'a', max_rows=12)
+    folder = tmp_path / 'a' / 'curation'
+    kept, dropped = list(read_rows(folder)), list(read_rows(folder, 'dropped'))
+    sources = {row['id']: row for row in read_rows(ROWS)}
+    assert {row['meta']['parent_ids'][0] for row in kept} | {row['id'] for row in dropped} == sources.keys()
+    assert len(kept) == 12 == report['counts']['kept'] and len(kept) + len(dropped) == len(sources)
+    for row in kept:
+        origin = sources[row['meta']['parent_ids'][0]]['meta']
+        assert (row['meta'].get('source_ids'), row['meta']['license']) == (origin.get('source_ids'), origin['license'])
+        assert row['meta']['score_judge'] and len(row['meta']['call_ids']) >= 2
+    assert not (folder / 'scored').exists()
+    assert run(tmp_path / 'b', max_rows=12) == report
+    assert list(read_rows(tmp_path / 'b' / 'curation')) == kept
+
+
+def test_data_card_is_read_by_the_hub(tmp_path):
+    report = run(tmp_path, max_rows=10)
+    rows = list(read_rows(tmp_path / 'curation'))
+    card = curation.data_card('Kyara curated set', curation.describe_rows(rows), report, rows[:2])
+    _, head, body = card.split('---\n', 2)
+    assert yaml.safe_load(head)['license'] == ['cc0-1.0'] and yaml.safe_load(head)['language'] == ['zh']
+    assert f"| over_max_rows | {report['counts']['over_max_rows']} |" in body and '[[' not in body.split('## Examples')[0]
+
+
+def test_mistakes_are_named(tmp_path):
+    with pytest.raises(UserError, match='unrewritten'):
+        run(tmp_path, unrewritten='maybe')
+    with pytest.raises(UserError, match='nowhere'):
+        run(tmp_path, sources=['nowhere.jsonl'])
+    with pytest.raises(UserError, match='reward_model'):
+        run(tmp_path, reward_model=str(tmp_path))
+
+
+@pytest.fixture(scope='module')
+def reward_folder(tmp_path_factory):
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+    folder = tmp_path_factory.mktemp('reward')
+    tokenizer = Tokenizer(models.BPE(unk_token='<unk>'))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator(['玉山是臺灣最高的山。'], trainers.BpeTrainer(vocab_size=300, special_tokens=['<unk>', '<pad>', '</s>'],
+                                                                          initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token='<unk>', pad_token='<pad>', eos_token='</s>')
+    fast.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(LlamaConfig(vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                                       num_attention_heads=2, num_labels=1))
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def test_reward_model_scores_the_last_token_whatever_the_padding(reward_folder):
+    import torch
+    from transformers import LlamaForSequenceClassification
+    rows = [talk('玉山多高？', '3,952公尺。'), talk('介紹玉山。', '玉山是臺灣最高的山，海拔3,952公尺，終年涼爽。'), SYSTEM]
+    reward = curation.RewardModel(reward_folder)
+    together, model = reward.score(rows), LlamaForSequenceClassification.from_pretrained(reward_folder).eval()
+    for row, score in zip(rows, together):
+        text = ''.join(f"{turn['role']}: {turn['content']}</s>" for turn in row['messages'])
+        ids = torch.tensor([reward.tokenizer(text, add_special_tokens=False)['input_ids']])
+        with torch.no_grad(): expected = model.score(model.model(ids).last_hidden_state[0, -1]).item()
+        assert score == pytest.approx(expected, abs=1e-5)
+    assert len(set(together)) == 3
+
+
+def test_three_scorers_agree_or_not(tmp_path, reward_folder):
+    report = run(tmp_path, reward_model=str(reward_folder))
+    assert report['agreement'].keys() == {'judge and reward', 'judge and style', 'reward and style'}
+    assert all('score_reward' in row['meta'] for row in read_rows(tmp_path / 'curation'))
+    assert report['models']['reward model'] == reward_folder.name
+
+
+def test_offline_teacher_answers_every_prompt():
+    client = Client('offline', ':memory:')
+    [row] = curation.score_rows([CITED], client, client)
+    assert row['meta']['tags'] and 1 <= row['meta']['score_judge'] <= 10
+    [new] = curation.rewrite_rows([row], client)
+    assert details(new)['rewrite'] in ('done', 'nothing to change') and '【id_d1d2d3d4】' in new['messages'][-1]['content']
