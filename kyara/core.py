@@ -155,7 +155,7 @@ def read_jsonl(
 ) -> Iterator[tuple[int, dict | None, str]]: # Line number from 1, the object or None, the raw line
     "Read lines one by one; a line that is no JSON object comes with None."
     opener = gzip.open if str(path).endswith('.gz') else open
-    with opener(path, 'rt', encoding='utf-8', errors='replace') as lines:
+    with opener(path, 'rt', encoding='utf-8-sig', errors='replace') as lines:
         for number, line in enumerate(lines, 1):
             if line.strip(): yield number, parse_object(line), line.rstrip('\n')
 
@@ -196,7 +196,7 @@ def without_nulls(
 ) -> dict: # The row as it was written
     "Leave out what was never set in `row` and its `meta`."
     row = {key: value for key, value in row.items() if value is not None}
-    if 'meta' in row: row['meta'] = {key: value for key, value in row['meta'].items() if value is not None}
+    if isinstance(row.get('meta'), dict): row['meta'] = {key: value for key, value in row['meta'].items() if value is not None}
     return row
 
 # %% ../nbs/00_core.ipynb #00000023

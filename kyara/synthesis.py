@@ -134,10 +134,11 @@ def clean_language(
     text: str, # An answer or a question
 ) -> tuple[str, str, str]: # The same with sure lint mended; '' or a reason, and its evidence
     "Hold a text to Taiwan's Chinese."
-    simplified = [finding.text for finding in lint_taiwan(text) if finding.kind == 'simplified' and finding.confidence >= 0.9]
+    findings = [finding for finding in lint_taiwan(text) if finding.confidence >= 0.9]
+    simplified = [finding.text for finding in findings if finding.kind == 'simplified']
     if simplified: return text, 'simplified', '、'.join(simplified[:5])
     language = detect_language(text)
-    if language not in ('zh-TW', 'zh-Hant'): return text, 'wrong_language', language
+    if language != 'zh-TW': return text, 'wrong_language', language
     text = fix_taiwan(text)
     left = [finding.text for finding in lint_taiwan(text) if finding.confidence >= 0.9]
     return (text, 'lint', '、'.join(left)) if left else (text, '', '')
@@ -188,9 +189,11 @@ def ask_questions(
     seed: int,
 ) -> tuple[list[Draft], list[dict]]: # Drafts, one a question; dropped rows
     "Ask what users might want to know."
-    prompts = [render_prompt(QUESTION_PROMPT, title=chunk['title'], text=chunk['text'], count=count) for chunk in chunks]
+    prompts = [render_prompt(QUESTION_PROMPT, title=chunk['title'], text=chunk['text'], count=count)
+               for chunk in chunks]
     drafts, dropped, seen = [], [], {}
-    for chunk, parsed in zip(chunks, teacher.ask_json(prompts, Questions, temperature=0.7, seed=seed), strict=True):
+    replies = teacher.ask_json(prompts, Questions, temperature=0.7, seed=seed)
+    for chunk, parsed in zip(chunks, replies, strict=True):
         questions = parsed.value.questions if parsed.value else []
         if not any(question.strip() for question in questions):
             empty = Draft(chunk, calls=[parsed.reply.call_id])
@@ -199,7 +202,8 @@ def ask_questions(
         for number, question in enumerate(questions):
             question = question.strip()
             draft = Draft(chunk, question=question, topic=question, calls=[parsed.reply.call_id])
-            reason, evidence = ('surplus', f'{len(questions)} of {count}') if number >= count else question_problem(question)
+            reason, evidence = question_problem(question)
+            if number >= count: reason, evidence = 'surplus', f'{len(questions)} questions, {count} asked for'
             if not reason and _plain(question) in seen: reason, evidence = 'duplicate', seen[_plain(question)]
             if reason: dropped.append(drop_draft(draft, teacher, reason, evidence))
             else:
@@ -372,7 +376,8 @@ def judge_documents(
 ):
     "Write a verdict on each found passage into `notes`, and which are ignored."
     pairs = [(draft, passage) for draft in drafts for passage in draft.found]
-    prompts = [render_prompt(RELEVANCE_PROMPT, question=draft.topic, title=passage['title'], text=passage['text'])
+    prompts = [render_prompt(RELEVANCE_PROMPT, question=draft.topic, title=passage['title'],
+                             text=passage['text'])
                for draft, passage in pairs]
     for draft in drafts: draft.notes |= {'verdicts': [], 'ignored': []}
     replies = teacher.ask_json(prompts, Relevance) if prompts else []
@@ -482,8 +487,9 @@ def answer_knowledge(
     teacher: Client,
 ) -> tuple[list[dict], list[dict]]: # Rows of task knowledge_qa; dropped rows
     "Answer from the source passage and the summaries."
-    prompts = [render_prompt(ANSWER_PROMPT, question=draft.question, title=draft.chunk['title'], text=draft.chunk['text'],
-                             summaries='\n\n'.join(draft.summaries.values())) for draft in drafts]
+    prompts = [render_prompt(ANSWER_PROMPT, question=draft.question, title=draft.chunk['title'],
+                             text=draft.chunk['text'], summaries='\n\n'.join(draft.summaries.values()))
+               for draft in drafts]
     problems = []
     for draft, reply in zip(drafts, teacher.ask(prompts, max_tokens=2048), strict=True):
         answer, reason, evidence = clean_answer(reply)
@@ -535,15 +541,17 @@ def rate_passages(
     threshold: int, # Least score, 1 to 5
 ) -> tuple[list[Draft], list[dict]]: # The good ones; dropped rows
     "Judge passages."
-    prompts = [render_prompt(QUALITY_PROMPT, title=draft.chunk['title'], text=draft.chunk['text']) for draft in drafts]
+    prompts = [render_prompt(QUALITY_PROMPT, title=draft.chunk['title'], text=draft.chunk['text'])
+               for draft in drafts]
     good, dropped = [], []
     for draft, parsed in zip(drafts, teacher.ask_json(prompts, Quality) if prompts else [], strict=True):
         draft.calls.append(parsed.reply.call_id)
-        verdict = parsed.value
-        draft.quality = float(verdict.score) if verdict else None
+        verdict, reason, evidence = parsed.value, parsed.problem, parsed.reply.error or parsed.reply.text
+        if verdict:
+            draft.quality = float(verdict.score)
+            reason, evidence = 'low_quality', f'{verdict.score}: {verdict.reason}'
         if verdict and verdict.score >= threshold: good.append(draft)
-        elif verdict: dropped.append(drop_draft(draft, teacher, 'low_quality', f'{verdict.score}: {verdict.reason}'))
-        else: dropped.append(drop_draft(draft, teacher, parsed.problem, parsed.reply.error or parsed.reply.text))
+        else: dropped.append(drop_draft(draft, teacher, reason, evidence))
     return good, dropped
 
 def back_translate(
@@ -554,11 +562,13 @@ def back_translate(
     seed: int,
 ) -> tuple[list[dict], list[dict]]: # Rows of task back_translation; dropped rows
     "Pair good passages with the prompts that they would answer."
-    tried = portion([Draft(chunk, task='back_translation') for chunk in chunks], share, seed, 'back_translation')
+    drafts = [Draft(chunk, task='back_translation') for chunk in chunks]
+    tried = portion(drafts, share, seed, 'back_translation')
     good, dropped = rate_passages(tried, teacher, threshold)
-    prompts = [render_prompt(GUESS_PROMPT, title=draft.chunk['title'], text=draft.chunk['text']) for draft in good]
-    problems = []
-    for draft, parsed in zip(good, teacher.ask_json(prompts, Guess, temperature=0.7, seed=seed) if prompts else [], strict=True):
+    prompts = [render_prompt(GUESS_PROMPT, title=draft.chunk['title'], text=draft.chunk['text'])
+               for draft in good]
+    replies, problems = teacher.ask_json(prompts, Guess, temperature=0.7, seed=seed) if prompts else [], []
+    for draft, parsed in zip(good, replies, strict=True):
         draft.calls.append(parsed.reply.call_id)
         prompt = parsed.value.prompt.strip() if parsed.value else ''
         text, reason, evidence = clean_language(draft.chunk['text'].strip())
@@ -574,7 +584,8 @@ def back_translate(
 DOCUMENT_FORMS = {
     'starred': '<document>\n文件ID:[[id]]\n* 文件標題:[[title]]\n* 文件內文:\n[[text]]\n</document>',
     'plain': '<document>\n文件ID:[[id]]\n文章標題:[[title]]\n文章內文:\n[[text]]\n</document>'}
-RETRIEVAL_FORM = '# 參考文件\n<reference>\n[[documents]]\n</reference>\n\n---\n\n# 任務說明\n[[instruction]]\n\n# 使用者問題\n[[question]]'
+RETRIEVAL_FORM = ('# 參考文件\n<reference>\n[[documents]]\n</reference>\n\n---\n\n'
+                  '# 任務說明\n[[instruction]]\n\n# 使用者問題\n[[question]]')
 HEADINGS = re.compile(r'^#+(?=\s*(?:參考文件|任務說明|使用者問題)\s*$)', re.M)
 FRAME_TAGS = re.compile(r'<(?=\s*/?\s*(?:reference|document)\b)', re.I)
 INSTRUCTIONS = (
@@ -597,7 +608,8 @@ def retrieval_prompt(
     written = [render_prompt(DOCUMENT_FORMS[form], id=harmless(document['id'], line=True),
                              title=harmless(document['title'], line=True), text=harmless(document['text']))
                for document in documents]
-    return render_prompt(RETRIEVAL_FORM, documents=''.join(written), instruction=harmless(instruction), question=harmless(question))
+    return render_prompt(RETRIEVAL_FORM, documents=''.join(written), instruction=harmless(instruction),
+                         question=harmless(question))
 
 def harmless(
     text: str,
@@ -609,16 +621,20 @@ def harmless(
 
 # %% ../nbs/11_synthesis.ipynb #11000044
 RETRIEVAL_READER = re.compile(
-    r'# 參考文件\n<reference>\n(?P<documents>.*?)\n</reference>\n+(?:---\n+)?# 任務說明\n(?P<instruction>.*?)\n\n# 使用者問題\n(?P<question>.*)', re.S)
+    r'# 參考文件\n<reference>\n(?P<documents>.*?)\n</reference>\n+(?:---\n+)?'
+    r'# 任務說明\n(?P<instruction>.*?)\n\n# 使用者問題\n(?P<question>.*)', re.S)
 DOCUMENT_READER = re.compile(
-    r'<document>\n文件ID:(?P<id>[^\n]*)\n(?P<star>\* )?(?:文件|文章)標題:(?P<title>[^\n]*)\n(?:\* )?(?:文件|文章)內文:\n(?P<text>.*?)\n</document>\s*', re.S)
+    r'<document>\n文件ID:(?P<id>[^\n]*)\n(?P<star>\* )?(?:文件|文章)標題:(?P<title>[^\n]*)\n'
+    r'(?:\* )?(?:文件|文章)內文:\n(?P<text>.*?)\n</document>\s*', re.S)
 
 def parse_retrieval_prompt(
     text: str, # A user message
-) -> dict: # `documents` (rows with id, title, text), `question`, `instruction`, `form`: what `retrieval_prompt` takes
+) -> dict: # What `retrieval_prompt` takes: `documents` (id, title, text), `question`, `instruction`, `form`
     "Read Kyara's retrieval form back."
     frame = RETRIEVAL_READER.fullmatch(text)
-    if not frame: raise UserError(f'this is not the retrieval form: {text[:40]!r}; it begins with # 參考文件 and ends with # 使用者問題')
+    if not frame:
+        raise UserError(f'this is not the retrieval form: {text[:40]!r}; it begins with # 參考文件, '
+                        'and # 任務說明 and # 使用者問題 follow')
     found, position = [], 0
     while match := DOCUMENT_READER.match(frame['documents'], position):
         found.append(match)
@@ -627,7 +643,8 @@ def parse_retrieval_prompt(
     if rest: raise UserError(f'document {len(found) + 1} is not in the retrieval form: {rest[:40]!r}')
     documents = [{name: match[name] for name in ('id', 'title', 'text')} for match in found]
     form = 'starred' if all(match['star'] for match in found) else 'plain'
-    return {'documents': documents, 'question': frame['question'], 'instruction': frame['instruction'], 'form': form}
+    return {'documents': documents, 'question': frame['question'], 'instruction': frame['instruction'],
+            'form': form}
 
 # %% ../nbs/11_synthesis.ipynb #11000049
 def write_references(
@@ -638,7 +655,8 @@ def write_references(
     "Put a question and shuffled documents into the retrieval form."
     draw = random.Random(lot(seed, 'references', draft.chunk['id'], draft.question))
     shuffled = draw.sample(documents, len(documents))
-    return retrieval_prompt(shuffled, draft.question, draw.choice(INSTRUCTIONS), draw.choice(list(DOCUMENT_FORMS)))
+    instruction, form = draw.choice(INSTRUCTIONS), draw.choice(list(DOCUMENT_FORMS))
+    return retrieval_prompt(shuffled, draft.question, instruction, form)
 
 def plain_citations(
     answer: str, # With citations as teachers write them
@@ -659,7 +677,8 @@ def answer_with_references(
         answer = plain_citations(answer)
         draft.calls.append(reply.call_id)
         draft.messages = [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': answer}]
-        if not reason and REFUSAL in answer: reason, evidence = 'refused', 'the source passage is among the documents'
+        if not reason and REFUSAL in answer:
+            reason, evidence = 'refused', 'the source passage is among the documents'
         verdict = '' if reason else citation_gate(answer, parse_retrieval_prompt(prompt)['documents'])
         problems.append(('citation_' + verdict.split(':')[0], verdict) if verdict else (reason, evidence))
     return settle(drafts, teacher, problems)
@@ -676,7 +695,8 @@ def find_unhelpful(
     results = kb.search([draft.topic for draft in drafts], 100) if drafts else []
     for draft, hits in zip(drafts, results):
         ranks = {hit.id: rank for rank, hit in enumerate(hits)}
-        others = [chunk for chunk in pool if chunk['doc_id'] != draft.chunk['doc_id'] and chunk['title'] != draft.chunk['title']]
+        own = draft.chunk['doc_id'], draft.chunk['title']
+        others = [chunk for chunk in pool if chunk['doc_id'] != own[0] and chunk['title'] != own[1]]
         low = lambda chunk: (-ranks.get(chunk['id'], 1000), lot(seed, draft.question, chunk['id']))
         draft.found = sorted(others, key=low)[:k]
 
@@ -711,8 +731,9 @@ RULES = { # Name to wording and values
     'list': ('請以條列方式回答，每一點以「[[value]]」開頭。', ('- ',)),
     'one_sentence': ('請只用[[value]]回答。', ('一句話',)),
     'length': ('回答不超過[[value]]個字。', ('120', '150', '200'))}
-RULE_SETS = (('ending',), ('opening', 'ending'), ('name', 'ending'), ('address',), ('list',), ('list', 'ending'), ('one_sentence',),
-             ('one_sentence', 'ending'), ('length',), ('length', 'address'), ('name', 'address'), ('opening',))
+RULE_SETS = [tuple(names.split()) for names in (
+    'ending', 'opening', 'opening ending', 'name ending', 'name address', 'address', 'list', 'list ending',
+    'one_sentence', 'one_sentence ending', 'length', 'length address')]
 
 def write_system_message(
     seed: int,
@@ -734,7 +755,8 @@ def broken_rule(
     body = answer.strip().removeprefix(rules.get('opening', '')).removesuffix(rules.get('ending', '')).strip()
     lines = [line for line in body.split('\n') if line.strip()]
     kept = {
-        'ending': lambda value: answer.strip().endswith(value), 'opening': lambda value: answer.strip().startswith(value),
+        'ending': lambda value: answer.strip().endswith(value),
+        'opening': lambda value: answer.strip().startswith(value),
         'name': lambda value: value in answer, 'address': lambda value: value in answer,
         'list': lambda value: bool(lines) and all(line.startswith(value) for line in lines),
         'one_sentence': lambda value: len(split_sentences(body)) == 1 and len(lines) == 1,
@@ -785,7 +807,8 @@ def synthesise(
 ) -> dict[str, list[dict]]: # `dialogue` and `dropped` rows
     "Make grounded dialogues from chunks."
     drafts, unasked = ask_questions(chunks, teacher, questions_per_chunk, seed)
-    assign_tasks(drafts, {'rag_answer': rag_share, 'rag_refusal': refusal_share, 'system_prompt': system_share}, seed)
+    shares = {'rag_answer': rag_share, 'rag_refusal': refusal_share, 'system_prompt': system_share}
+    assign_tasks(drafts, shares, seed)
     evolve_questions(drafts, teacher, evolve_share, seed)
     of_task = {task: [draft for draft in drafts if draft.task == task] for task in TASKS}
     grounded = [draft for draft in drafts if draft.task != 'rag_refusal']
@@ -796,9 +819,11 @@ def synthesise(
     find_unhelpful(of_task['rag_refusal'], kb, chunks, max(1, k), seed)
     results = [
         ([], unasked), answer_knowledge(of_task['knowledge_qa'], teacher),
-        answer_with_references(of_task['rag_answer'], teacher, seed), refuse(of_task['rag_refusal'], teacher, seed),
+        answer_with_references(of_task['rag_answer'], teacher, seed),
+        refuse(of_task['rag_refusal'], teacher, seed),
         answer_in_role(of_task['system_prompt'], teacher, seed),
         back_translate(chunks, teacher, back_translation_share, quality_threshold, seed)]
-    return {'dialogue': [row for kept, _ in results for row in kept], 'dropped': [row for _, gone in results for row in gone]}
+    return {'dialogue': [row for kept, _ in results for row in kept],
+            'dropped': [row for _, gone in results for row in gone]}
 
 TASKS = ('knowledge_qa', 'rag_answer', 'rag_refusal', 'system_prompt')

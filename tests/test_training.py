@@ -1,0 +1,251 @@
+"The student, what its loss counts, bad rows and folders, and training that was killed."
+import json, os, random, re, signal, subprocess, sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2ForCausalLM, PreTrainedTokenizerFast
+
+from kyara import dpo, sft
+from kyara.core import UserError, content_hash, dialogue, file_hash
+from kyara.dpo import fit_pairs, implicit_rewards, reward_accuracy, train_dpo
+from kyara.preference import preference
+from kyara.sft import fit_rows, load_model, load_tokenizer, make_student, row_problem, safe_dtype, train_sft
+
+SMALL = dict(vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+turn = lambda role, content: {'role': role, 'content': content}
+THINGS = ('顆蘋果', '張車票', '本作業', '包茶葉')
+
+def sums(count):
+    "Write one-step problems."
+    numbers = [(a, b, THINGS[(a + b) % 4]) for a in range(1, 10) for b in range(1, 10)][:count]
+    return [dialogue([turn('user', f'小玉有{a}{thing}，又買了{b}{thing[0]}，共有幾{thing[0]}？'),
+                      turn('assistant', f'{a} + {b} = {a + b}\n答案：{a + b}')], 'math') for a, b, thing in numbers]
+
+TALK = dialogue([turn('system', '你是導覽員，回答要簡短。'), turn('user', '玉山有多高？'), turn('assistant', '海拔3,952公尺。'),
+                 turn('user', '在哪裡？\n請分兩行。'), turn('assistant', '南投、嘉義、高雄。\n三縣市交界。'), turn('user', '謝謝'),
+                 turn('assistant', '不客氣！')], 'knowledge_qa')
+TRAINING = dict(num_train_epochs=2.0, learning_rate=0.01, per_device_train_batch_size=8, logging_steps=1, warmup_steps=1, seed=0)
+
+@pytest.fixture(scope='module')
+def student(tmp_path_factory):
+    return make_student([message['content'] for row in [*sums(81), TALK] for message in row['messages']],
+                        tmp_path_factory.mktemp('made') / 'student', **SMALL)
+
+@pytest.fixture(scope='module')
+def tokenizer(student): return load_tokenizer(student)
+
+@pytest.fixture(scope='module')
+def trained(student, tmp_path_factory):
+    "An SFT run that nothing disturbed, with a checkpoint every second step."
+    out_dir = tmp_path_factory.mktemp('undisturbed')
+    return out_dir, train_sft(sums(40), sums(48)[40:], student, out_dir, 80, save_steps=2, **TRAINING)
+
+# The student
+
+def test_student_is_a_gemma_2_that_transformers_load(student):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(student), AutoTokenizer.from_pretrained(student)
+    assert isinstance(model, Gemma2ForCausalLM) and model.config.model_type == 'gemma2'
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer)
+    assert tokenizer.convert_tokens_to_ids('<end_of_turn>') in model.generation_config.eos_token_id
+    assert not list(student.parent.glob('*.part'))
+
+def test_same_seed_makes_the_same_student(student, tmp_path):
+    texts = [message['content'] for row in [*sums(81), TALK] for message in row['messages']]
+    again, other = (make_student(texts, tmp_path / str(seed), **SMALL, seed=seed) for seed in (0, 1))
+    assert file_hash(again / 'model.safetensors') == file_hash(student / 'model.safetensors') != file_hash(other / 'model.safetensors')
+    assert file_hash(again / 'tokenizer.json') == file_hash(student / 'tokenizer.json')
+
+@pytest.mark.parametrize('text', ['𠮷野家', '🧋半糖少冰', 'a\tb\r\nc', ' 前後空白 ', '兩個  空格', 'ㄅㄆㄇ', 'naïve Ünïcödé', '\x00\x7f', '▲＠＃', '鬱䨻',
+                                  '1,234.5%', '\\frac{1}{2}', '한국어 العربية', '👩‍👩‍👧'])
+def test_text_never_seen_comes_back_byte_for_byte(tokenizer, text):
+    ids = tokenizer(text, add_special_tokens=False)['input_ids']
+    assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
+
+# The chat template
+
+def parse_chat(text):
+    "Read a rendered dialogue back."
+    assert text.startswith('<bos>'), text
+    turns = re.findall(r'<start_of_turn>(\w+)\n(.*?)<end_of_turn>\n', text, re.S)
+    assert text == '<bos>' + ''.join(f'<start_of_turn>{role}\n{content}<end_of_turn>\n' for role, content in turns)
+    return [turn(role.replace('model', 'assistant'), content) for role, content in turns]
+
+def random_dialogues(count):
+    "Write dialogues of 1 to 12 rounds, half of them with a system message."
+    draw = random.Random(0)
+    text = lambda: ''.join(draw.choices('臺北的茶，。1 2\n+=🧋𠮷a{}%</>', k=draw.randrange(1, 40))).strip() or '是'
+    for number in range(count):
+        rounds = [turn(role, text()) for _ in range(draw.randrange(1, 13)) for role in ('user', 'assistant')]
+        yield [turn('system', text())] * (number % 2) + rounds
+
+def test_dialogues_come_back_from_the_template(tokenizer):
+    for messages in [TALK['messages'], *random_dialogues(60)]:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        ids = tokenizer.apply_chat_template(messages, return_dict=True)['input_ids']
+        assert parse_chat(text) == messages and tokenizer.decode(ids) == text
+        opened = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        assert text.startswith(opened) and opened.endswith('<start_of_turn>model\n')
+
+# What the loss counts
+
+class Ready(Exception): "A trainer is about to train."
+
+def labelled(monkeypatch, module, train, *arguments, **keywords):
+    "Give the first batch that a trainer would train on."
+    found = []
+    def stop(trainer, *_):
+        found.append(next(iter(trainer.get_train_dataloader())))
+        raise Ready
+    monkeypatch.setattr(module, 'run_trainer', stop)
+    with pytest.raises(Ready): train(*arguments, **keywords)
+    return found[0]
+
+def said(messages):
+    "Write what the assistant says, turn ends included, as one text."
+    return ''.join(message['content'] + '<end_of_turn>\n' for message in messages if message['role'] == 'assistant')
+
+def test_mask_is_what_the_assistant_says_in_every_turn(tokenizer):
+    for messages in [TALK['messages'], *random_dialogues(60)]:
+        encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        ids = [token for token, counts in zip(encoded['input_ids'], encoded['assistant_masks']) if counts]
+        assert tokenizer.decode(ids) == said(messages)
+
+@pytest.mark.parametrize('packing', [False, True])
+def test_sft_loss_counts_only_the_assistant(student, tokenizer, tmp_path, monkeypatch, packing):
+    rows = [TALK, *sums(7)]
+    kept, _, longest = fit_rows(rows, tokenizer)
+    batch = labelled(monkeypatch, sft, train_sft, kept, [], student, tmp_path, longest * 2 if packing else longest, packing=packing)
+    counted = [tokenizer.decode(labels[labels != -100]) for labels in batch['labels']]
+    wanted = [said(row['messages']) for row in rows]
+    if packing: assert sorted(re.findall(r'.*?<end_of_turn>\n', ''.join(counted), re.S)) == sorted(re.findall(r'.*?<end_of_turn>\n', ''.join(wanted), re.S))
+    else: assert sorted(counted) == sorted(wanted)
+
+def test_dpo_counts_whole_answers(student, tokenizer, tmp_path, monkeypatch):
+    pairs = [preference(TALK['messages'][:-1], '不客氣！', '嗯', 'spin'), *outcome_pairs(3)]
+    kept, _, longest = fit_pairs(pairs, tokenizer)
+    batch = labelled(monkeypatch, dpo, train_dpo, kept, [], student, tmp_path, longest)
+    counted = {tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(batch['input_ids'], batch['completion_mask'])}
+    assert counted == {said(pair[side]) for pair in pairs for side in ('chosen', 'rejected')}
+
+# Bad rows
+
+def outcome_pairs(count):
+    "Pair right results with wrong ones."
+    return [preference(row['messages'][:-1], row['messages'][-1]['content'], re.sub(r'\d+', '0', row['messages'][-1]['content']), 'spin')
+            for row in sums(count)]
+
+USER, ANSWER, SYSTEM = turn('user', '問'), turn('assistant', '答'), turn('system', '你是小玉。')
+BAD_ROWS = [([], 'no_assistant_turn'), ([USER], 'no_assistant_turn'), ([SYSTEM], 'no_assistant_turn'), ([SYSTEM, USER], 'no_assistant_turn'),
+            ([ANSWER], 'roles_out_of_order'), ([ANSWER, USER], 'roles_out_of_order'), ([SYSTEM, ANSWER], 'roles_out_of_order'),
+            ([USER, USER, ANSWER], 'roles_out_of_order'), ([USER, ANSWER, ANSWER], 'roles_out_of_order'), ([USER, ANSWER, USER], 'roles_out_of_order'),
+            ([USER, SYSTEM, ANSWER], 'roles_out_of_order'), ([SYSTEM, SYSTEM, USER, ANSWER], 'roles_out_of_order'),
+            ([USER, ANSWER, turn('tool', '{}'), ANSWER], 'roles_out_of_order'), ([USER, turn('assistant', '')], 'empty_content'),
+            ([USER, turn('assistant', ' \n　')], 'empty_content'), ([turn('user', ''), ANSWER], 'empty_content'),
+            ([turn('system', ''), USER, ANSWER], 'empty_content'), ([USER, turn('assistant', None)], 'empty_content'),
+            ([USER, ANSWER, turn('user', ' '), ANSWER], 'empty_content')]
+
+@pytest.mark.parametrize('messages,reason', BAD_ROWS)
+def test_bad_rows_are_dropped_with_their_reason(tokenizer, messages, reason):
+    assert row_problem(messages) == reason
+    kept, dropped, _ = fit_rows([{'id': 'bad', 'messages': messages, 'task': 'public'}, TALK], tokenizer)
+    assert [row['id'] for row in kept] == [TALK['id']] and [(row['id'], row['drop_reason']) for row in dropped] == [('bad', reason)]
+
+def test_rows_longer_than_max_length_are_dropped_not_cut(tokenizer):
+    rows = [*sums(5), TALK]
+    length = fit_rows([TALK], tokenizer)[2]
+    kept, dropped, limit = fit_rows(rows, tokenizer, length - 1)
+    assert limit == length - 1 and len(kept) == 5 and [(row['id'], row['drop_reason']) for row in dropped] == [(TALK['id'], 'too_long')]
+    assert dropped[0]['evidence'] == f'{length} tokens, limit {length - 1}' and len(fit_rows(rows, tokenizer, length)[0]) == 6
+
+def test_bad_pairs_are_dropped_with_their_reason(tokenizer):
+    ask, good = [USER], outcome_pairs(1)[0]
+    bad = [(preference(ask, '答', '答', 'spin'), 'identical_answers'), (preference(ask, '答', '', 'spin'), 'empty_content'),
+           (preference([SYSTEM], '答', '不', 'spin'), 'roles_out_of_order'), (preference(ask + [ANSWER], '答', '不', 'spin'), 'roles_out_of_order'),
+           (preference(ask, '答' * 200, '不', 'spin'), 'too_long')]
+    kept, dropped, _ = fit_pairs([*(pair for pair, _ in bad), good], tokenizer, 100)
+    assert kept == [good] and [row['drop_reason'] for row in dropped] == [reason for _, reason in bad]
+
+# Bad folders
+
+def test_folder_without_tokenizer(student, tmp_path):
+    for name in ('config.json', 'model.safetensors'): (tmp_path / name).write_bytes((student / name).read_bytes())
+    with pytest.raises(UserError, match='no tokenizer'): load_tokenizer(tmp_path)
+
+def test_tokenizer_without_turn_tokens(tmp_path):
+    from tokenizers import Tokenizer, models
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({'a': 0}, []))).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match='lacks <start_of_turn>, <end_of_turn>'): load_tokenizer(tmp_path)
+
+def test_pickle_is_never_loaded(student, tmp_path):
+    for name in ('config.json', 'tokenizer.json', 'tokenizer_config.json'): (tmp_path / name).write_bytes((student / name).read_bytes())
+    torch.save({'lm_head.weight': torch.zeros(1)}, tmp_path / 'pytorch_model.bin')
+    with pytest.raises(UserError, match='pickle is never loaded'): load_model(tmp_path)
+
+def test_precision_that_is_safe(monkeypatch):
+    for cuda, bf16, wanted in ((False, False, torch.float32), (True, False, torch.float32), (True, True, torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *_, bf16=bf16, **__: bf16)
+        assert safe_dtype() == wanted, (cuda, bf16)
+
+# Training
+
+def test_sft_learns_and_leaves_a_whole_model(student, trained):
+    out_dir, log = trained
+    assert log == json.loads((out_dir / 'log.json').read_text()) and log['train'][-1]['loss'] < log['train'][0]['loss']
+    assert len(log['train']) == 10 and len(log['eval']) == 2
+    assert sorted(path.name for path in out_dir.iterdir()) == ['log.json', 'model']
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out_dir / 'model'), AutoTokenizer.from_pretrained(out_dir / 'model')
+    assert model.config.model_type == 'gemma2' and '<start_of_turn>system' in tokenizer.apply_chat_template(TALK['messages'], tokenize=False)
+
+KILLED = '''
+import json, os, signal, sys
+from pathlib import Path
+from transformers import Trainer
+from kyara.sft import train_sft
+
+save = Trainer._save_checkpoint
+def die_after_saving(trainer, *arguments, **keywords):
+    save(trainer, *arguments, **keywords)
+    os.kill(os.getpid(), signal.SIGKILL)
+Trainer._save_checkpoint = die_after_saving
+job = json.loads(Path(sys.argv[1]).read_text())
+train_sft(job['rows'], job['measured'], job['model'], job['out_dir'], job['max_length'], **job['arguments'])
+'''
+
+def test_killed_training_ends_with_the_same_model(student, trained, tmp_path):
+    rows, measured, out_dir = sums(40), sums(48)[40:], tmp_path / 'killed'
+    job = {'rows': rows, 'measured': measured, 'model': str(student), 'out_dir': str(out_dir), 'max_length': 80, 'arguments': dict(save_steps=2, **TRAINING)}
+    (tmp_path / 'job.json').write_text(json.dumps(job))
+    child = subprocess.run([sys.executable, '-c', KILLED, tmp_path / 'job.json'], capture_output=True, text=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr[-2000:]
+    assert (out_dir / 'checkpoints/checkpoint-2/trainer_state.json').is_file() and not (out_dir / 'model').exists()
+    (out_dir / 'checkpoints/checkpoint-4').mkdir() # Torn: the next one was being written
+    log = train_sft(rows, measured, student, out_dir, 80, save_steps=2, **TRAINING)
+    undisturbed, whole_log = trained
+    assert file_hash(out_dir / 'model/model.safetensors') == file_hash(undisturbed / 'model/model.safetensors')
+    assert log == whole_log and not (out_dir / 'checkpoints').exists()
+
+def test_checkpoints_of_another_job_are_not_used(student, tmp_path):
+    torn = tmp_path / 'checkpoints/checkpoint-2'
+    torn.mkdir(parents=True)
+    (torn / 'trainer_state.json').write_text('{"this is": "another job\'s"}')
+    (tmp_path / 'checkpoints/job').write_text('0123456789abcdef')
+    assert train_sft(sums(8), [], student, tmp_path, 80, **{**TRAINING, 'num_train_epochs': 1.0})['train'][0]['step'] == 1
+
+def test_lora_leaves_a_merged_model(student, tmp_path):
+    train_sft(sums(40), [], student, tmp_path, 80, {'r': 4, 'target_modules': 'all-linear'}, **TRAINING)
+    model, before = AutoModelForCausalLM.from_pretrained(tmp_path / 'model'), AutoModelForCausalLM.from_pretrained(student)
+    assert isinstance(model, Gemma2ForCausalLM) and not list((tmp_path / 'model').glob('adapter*'))
+    new, old = model.state_dict(), before.state_dict()
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert new.keys() == old.keys() and changed and all('proj' in name for name in changed), changed
+
+@pytest.mark.parametrize('peft', [None, {'r': 4, 'target_modules': 'all-linear'}], ids=['full', 'lora'])
+def test_dpo_moves_the_margin_up(trained, tmp_path, peft):
+    base, pairs = trained[0] / 'model', outcome_pairs(32)
+    log = train_dpo(pairs, [], base, tmp_path, 80, peft, **{**TRAINING, 'learning_rate': 0.005})
+    assert log['train'][-1]['rewards/margins'] > log['train'][0]['rewards/margins']
+    assert reward_accuracy(implicit_rewards(base, base, pairs))['all']['margin'] == 0
+    got = reward_accuracy(implicit_rewards(tmp_path / 'model', base, pairs))['all']
+    assert got['accuracy'] >= 0.9 and got['margin'] > 0, got
