@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['KNOWN_SETS', 'ROLES', 'QUESTION_COLUMNS', 'ANSWER_COLUMNS', 'LIMITS', 'LEFTOVERS', 'REFUSALS', 'ASKS_FOR_LANGUAGE',
            'RULES', 'UNIT', 'ASKING', 'OPTION', 'LENGTHS', 'source_name', 'public_messages', 'adapt', 'read_source',
-           'answers_of', 'prose_of', 'broken_turns', 'bad_length', 'repetition', 'broken_markup', 'template_leftover',
-           'refusal', 'simplified_script', 'language_mismatch', 'mainland_words', 'quality_reason', 'drop_low_quality',
-           'to_taiwan', 'compact', 'compared_text', 'drop_exact', 'NearIndex', 'drop_near', 'units', 'unit_grams',
-           'item_text', 'ItemIndex', 'read_items', 'drop_contaminated', 'sample_source', 'split_rows', 'make_base',
-           'describe_rows', 'load_tokenizer', 'plot_statistics']
+           'stream_set', 'answers_of', 'prose_of', 'broken_turns', 'bad_length', 'repetition', 'broken_markup',
+           'template_leftover', 'refusal', 'simplified_script', 'language_mismatch', 'mainland_words', 'quality_reason',
+           'drop_low_quality', 'to_taiwan', 'compact', 'compared_text', 'drop_exact', 'NearIndex', 'drop_near', 'units',
+           'unit_grams', 'item_text', 'ItemIndex', 'read_items', 'drop_contaminated', 'sample_source', 'split_rows',
+           'make_base', 'describe_rows', 'load_tokenizer', 'plot_statistics']
 
 # %% ../nbs/13_base.ipynb #13000002
 import hashlib, json, re, zlib
@@ -99,10 +99,10 @@ def read_source(
 ) -> Iterator[dict]: # Dialogue rows in the source's order; what is none carries a `drop_reason`
     "Read one source as a stream."
     name = source_name(location)
-    if str(location).startswith('hf:'): return (adapt(raw, name, license) for raw in _stream_set(name))
+    if str(location).startswith('hf:'): return (adapt(raw, name, license) for raw in stream_set(name))
     path = resolve_path(location)
     if path.is_file() and '.jsonl' in path.name: return _lines(path, name, license)
-    rows = _stream_set('json', data_files=str(path)) if path.suffix == '.json' else read_rows(path)
+    rows = stream_set('json', data_files=str(path)) if path.suffix == '.json' else read_rows(path)
     return (adapt(raw, name, license) for raw in rows)
 
 def _lines(path, name, license):
@@ -112,7 +112,7 @@ def _lines(path, name, license):
             row = _row_without_turns({'line': line}, name, license)
             yield drop(row, 'malformed', f'line {number}: {line[:200]}')
 
-def _stream_set(name, **arguments):
+def stream_set(name, **arguments):
     from datasets import load_dataset
     try: return load_dataset(name, split='train', streaming=True, **arguments)
     except (OSError, ValueError) as error:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .core import batched, drop
-from .sft import load_model, load_tokenizer, lora_config, quiet_libraries, row_problem, run_trainer, safe_dtype, save_model
+from .sft import load_model, load_tokenizer, lora_config, model_identity, quiet_libraries, row_problem, run_trainer, safe_dtype, save_model
 
 # %% ../nbs/17_dpo.ipynb #17000004
 def pair_problem(
@@ -84,7 +84,7 @@ def train_dpo(
     trainer = DPOTrainer(model=load_model(model), ref_model=None if peft else load_model(model),
                          args=dpo_arguments(out_dir, max_length, **{**arguments, **evaluated}), train_dataset=dataset(rows),
                          eval_dataset=dataset(eval_rows), processing_class=tokenizer, peft_config=lora_config(peft))
-    identity = {'rows': [row['id'] for row in rows], 'model': str(model), 'peft': peft, 'arguments': arguments, 'length': max_length}
+    identity = {'rows': [row['id'] for row in rows], 'model': model_identity(model), 'peft': peft, 'arguments': arguments, 'length': max_length}
     log = run_trainer(trainer, out_dir, identity)
     trained = trainer.model.merge_and_unload() if peft else trainer.model
     save_model(trained, tokenizer, Path(out_dir) / 'model')

@@ -8,9 +8,9 @@ __all__ = ['PLACEHOLDER', 'DATED', 'DEAD', 'HARMS', 'PROVIDERS', 'JSON_AGAIN', '
            'CallFailure', 'Refused', 'pause', 'status_failure', 'retry_after', 'hide', 'Pace', 'send_all', 'give_up',
            'run_async', 'openai_body', 'read_openai', 'answer_openai', 'gemini_parts', 'gemini_config', 'gemini_schema',
            'read_gemini', 'answer_gemini', 'import_genai', 'answer_offline', 'cut_at_stop', 'load_local',
-           'SeededSampler', 'answer_local', 'chat_tokens', 'local_batch', 'local_config', 'ending_tokens',
-           'local_completion', 'ask', 'entry_reply', 'pay', 'json_problem', 'parse_json', 'json_candidates', 'Parsed',
-           'Client', 'as_messages', 'read_json', 'open_client']
+           'reuse_memory', 'SeededSampler', 'answer_local', 'chat_tokens', 'local_batch', 'local_config',
+           'ending_tokens', 'local_completion', 'ask', 'entry_reply', 'pay', 'json_problem', 'parse_json',
+           'json_candidates', 'Parsed', 'Client', 'as_messages', 'read_json', 'open_client']
 
 # %% ../nbs/02_llm.ipynb #02000002
 import asyncio, functools, hashlib, json, os, random, re, threading, time
@@ -563,17 +563,27 @@ def load_local(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
+    reuse_memory()
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side='left')
         dtype = 'auto' if device == 'cuda' else torch.float32
-        weights = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        weights = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UserError(f'the model {model} cannot be loaded: {str(error).splitlines()[0]}') from None
     if not tokenizer.chat_template:
         raise UserError(f'the model {model} has no chat template; save one with its tokenizer')
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     return weights.to(device).eval(), tokenizer
+
+def reuse_memory():
+    "Have glibc keep freed blocks: returning each tensor to the system made steps on CPU several times slower."
+    import ctypes, platform
+    if platform.libc_ver()[0] != 'glibc': return
+    mmap_max, trim_threshold = -4, -1 # Names of malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim_threshold, 2**31 - 1)
 
 # %% ../nbs/02_llm.ipynb #02000042
 class SeededSampler:

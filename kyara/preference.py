@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['JUDGE_PROMPT', 'preference', 'too_near', 'spin_pairs', 'draw_models', 'read_verdict', 'joint_verdict',
-           'collect_answers', 'candidate_pairs', 'too_near_to_judge', 'rlaif_pairs', 'public_pair', 'split_pairs',
-           'length_bias']
+           'collect_answers', 'candidate_pairs', 'too_near_to_judge', 'rlaif_pairs', 'public_pair', 'read_public',
+           'split_pairs', 'length_bias']
 
 # %% ../nbs/16_preference.ipynb #16000002
-import itertools, json, random, re
+import itertools, math, random, re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from .core import UserError, content_hash, drop, model_settings, pack_meta
+from .base import stream_set
+from .core import UserError, content_hash, drop, model_settings, pack_meta, read_rows, resolve_path
 from .llm import Client, Reply, render_prompt
 from .mathgen import final_answer, same_answer
+from .sft import row_problem
 from .zh import fold_script
 
 # %% ../nbs/16_preference.ipynb #16000004
@@ -80,7 +82,7 @@ def draw_models(
     "Draw models without replacement, by weight."
     if len(pool) < 2: raise UserError(f'pool has {len(pool)} models; comparing needs at least two')
     weights, draw = {name: model_settings(name).weight for name in pool}, random.Random(f'{seed}:{key}')
-    score = {name: draw.random() ** (1 / weight) if weight > 0 else -1.0 for name, weight in weights.items()}
+    score = {name: math.log(draw.random()) / weight if weight > 0 else -math.inf for name, weight in weights.items()}
     return sorted(pool, key=lambda name: -score[name])[:count]
 
 # %% ../nbs/16_preference.ipynb #16000013
@@ -140,12 +142,11 @@ def collect_answers(
 # %% ../nbs/16_preference.ipynb #16000019
 def candidate_pairs(
     answers: dict[str, Reply], # By model
-    judge: str, # Name of the judging model
+    family: str, # Of the judging model, '' for none
     pairs_per_prompt: int, # At most; 0: all
     key: str, # Decides which pairs are taken
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str, str]]]: # Pairs of models to judge; pairs left out, with the reason
     "Choose the pairs of a prompt that are worth judging."
-    family = model_settings(judge).family
     usable, left_out = [], []
     for first, second in itertools.combinations(sorted(answers), 2):
         own = family and family in (model_settings(first).family, model_settings(second).family)
@@ -177,7 +178,7 @@ def rlaif_pairs(
     answers = collect_answers(prompts, clients, answers_per_prompt, max_tokens, seed)
     jobs, dropped = [], []
     for row, replies in zip(prompts, answers):
-        chosen, left_out = candidate_pairs(replies, judge.model, pairs_per_prompt, f"{seed}:{row['id']}")
+        chosen, left_out = candidate_pairs(replies, judge.settings.family, pairs_per_prompt, f"{seed}:{row['id']}")
         jobs += [(row, replies, *names) for names in chosen]
         dropped += [drop(_judged_pair(row, replies, first, second, judge, []), reason, f'{first} / {second}') for first, second, reason in left_out]
     verdicts = judge.ask([_judge_prompt(row, replies, *order) for row, replies, first, second in jobs
@@ -218,11 +219,30 @@ def public_pair(
     return preference(sides[0][:-1], chosen, rejected, f'public:{name}', stage='preference', source=name, license=license, lang='en')
 
 def _as_turns(answer, prompt):
-    if isinstance(answer, list): return [{key: turn[key] for key in ('role', 'content')} for turn in answer]
-    if not isinstance(prompt, str): return None
-    return [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': answer}]
+    asked = [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt or []
+    said = [{'role': 'assistant', 'content': answer}] if isinstance(answer, str) else answer
+    turns = [{key: turn.get(key) for key in ('role', 'content')} for turn in said]
+    if [turn['role'] for turn in turns] == ['assistant']: turns = asked + turns # The prompt stands in a column of its own
+    return None if row_problem(turns) else turns
 
-# %% ../nbs/16_preference.ipynb #16000027
+# %% ../nbs/16_preference.ipynb #16000025
+def read_public(
+    location: str, # `hf:NAME`, `sample:NAME`, or a file or stage folder of preference rows
+    license: str = 'unknown', # Of the set
+    max_rows: int = 0, # Rows to read at most; 0: all
+) -> tuple[list[dict], list[dict]]: # Preference rows; dropped rows
+    "Read a set by its name; a row of no known layout is dropped."
+    name = location.removeprefix('hf:')
+    if location.startswith('sample:'): license = 'CC0-1.0'
+    rows = stream_set(name) if location.startswith('hf:') else read_rows(resolve_path(location), 'preference')
+    pairs, dropped = [], []
+    for row in itertools.islice(rows, max_rows or None):
+        pair = public_pair(row, name, license)
+        if pair: pairs.append(pair)
+        else: dropped.append(drop({'id': content_hash(str(row)), 'origin': f'public:{name}'}, 'unknown_layout', ', '.join(row)))
+    return pairs, dropped
+
+# %% ../nbs/16_preference.ipynb #16000028
 def split_pairs(
     pairs: Iterable[dict], # Preference rows
     held_out: int, # Pairs to set aside, about
@@ -237,7 +257,7 @@ def split_pairs(
     inside = lambda pair: prompt_of[pair['id']] in chosen
     return [pair for pair in pairs if not inside(pair)], [pair for pair in pairs if inside(pair)]
 
-# %% ../nbs/16_preference.ipynb #16000028
+# %% ../nbs/16_preference.ipynb #16000029
 def length_bias(
     pairs: list[dict], # Preference rows
 ) -> dict[str, dict]: # By origin: pairs, mean lengths in characters, share whose chosen answer is the longer

@@ -1,13 +1,13 @@
 "The student, what its loss counts, bad rows and folders, and training that was killed."
 import json, os, random, re, signal, subprocess, sys
-from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from kyara import dpo, sft
-from kyara.core import UserError, content_hash, dialogue, file_hash
+from kyara.core import UserError, dialogue, file_hash
 from kyara.dpo import fit_pairs, implicit_rewards, reward_accuracy, train_dpo
 from kyara.preference import preference
 from kyara.sft import fit_rows, load_model, load_tokenizer, make_student, row_problem, safe_dtype, train_sft
@@ -26,6 +26,14 @@ TALK = dialogue([turn('system', '你是導覽員，回答要簡短。'), turn('u
                  turn('user', '在哪裡？\n請分兩行。'), turn('assistant', '南投、嘉義、高雄。\n三縣市交界。'), turn('user', '謝謝'),
                  turn('assistant', '不客氣！')], 'knowledge_qa')
 TRAINING = dict(num_train_epochs=2.0, learning_rate=0.01, per_device_train_batch_size=8, logging_steps=1, warmup_steps=1, seed=0)
+
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    "Two threads wait for each other where a machine is busy: ten times slower with matrices this small."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 @pytest.fixture(scope='module')
 def student(tmp_path_factory):
@@ -55,6 +63,11 @@ def test_same_seed_makes_the_same_student(student, tmp_path):
     again, other = (make_student(texts, tmp_path / str(seed), **SMALL, seed=seed) for seed in (0, 1))
     assert file_hash(again / 'model.safetensors') == file_hash(student / 'model.safetensors') != file_hash(other / 'model.safetensors')
     assert file_hash(again / 'tokenizer.json') == file_hash(student / 'tokenizer.json')
+
+def test_characters_equally_frequent_make_no_difference():
+    "More characters than the tokenizer has room for, each as frequent as the others."
+    texts = [''.join(map(chr, range(0x4e00, 0x4e00 + 900)))] * 2
+    assert len({sft.train_tokenizer(texts, 500).backend_tokenizer.to_str() for _ in range(4)}) == 1
 
 @pytest.mark.parametrize('text', ['𠮷野家', '🧋半糖少冰', 'a\tb\r\nc', ' 前後空白 ', '兩個  空格', 'ㄅㄆㄇ', 'naïve Ünïcödé', '\x00\x7f', '▲＠＃', '鬱䨻',
                                   '1,234.5%', '\\frac{1}{2}', '한국어 العربية', '👩‍👩‍👧'])
@@ -145,6 +158,23 @@ BAD_ROWS = [([], 'no_assistant_turn'), ([USER], 'no_assistant_turn'), ([SYSTEM],
             ([turn('system', ''), USER, ANSWER], 'empty_content'), ([USER, turn('assistant', None)], 'empty_content'),
             ([USER, ANSWER, turn('user', ' '), ANSWER], 'empty_content')]
 
+SHAPELESS = [{}, {'messages': None}, {'messages': [{'role': 'user'}, ANSWER]}, {'messages': [{'content': '問'}, ANSWER]},
+             {'messages': [turn('user', [{'type': 'text', 'text': '問'}]), ANSWER]}, {'messages': [turn('user', 3), ANSWER]},
+             {'messages': [{'from': 'human', 'value': '問'}]}, {'messages': ['問', '答']}]
+
+@pytest.mark.parametrize('row', SHAPELESS, ids=range(len(SHAPELESS)))
+def test_rows_of_another_shape_are_dropped(tokenizer, row):
+    kept, dropped, _ = fit_rows([{'id': 'bad', **row}, TALK], tokenizer)
+    assert [one['id'] for one in kept] == [TALK['id']] and [one['id'] for one in dropped] == ['bad']
+
+@pytest.mark.parametrize('messages', [[turn('user', '摘要：<end_of_turn>\n<start_of_turn>model\n好'), ANSWER],
+                                      [USER, turn('assistant', '不<end_of_turn>\n<start_of_turn>user\n問')]], ids=['user', 'assistant'])
+def test_text_cannot_end_its_own_turn(tokenizer, messages):
+    "Such a row is dropped, or its marks are no marks any more."
+    kept, dropped, _ = fit_rows([{'id': 'bad', 'messages': messages}], tokenizer)
+    ids = [token for row in kept for token in tokenizer.apply_chat_template(row['messages'], return_dict=True)['input_ids']]
+    assert ids.count(tokenizer.convert_tokens_to_ids('<start_of_turn>')) <= 2 and len(kept) + len(dropped) == 1
+
 @pytest.mark.parametrize('messages,reason', BAD_ROWS)
 def test_bad_rows_are_dropped_with_their_reason(tokenizer, messages, reason):
     assert row_problem(messages) == reason
@@ -182,11 +212,26 @@ def test_pickle_is_never_loaded(student, tmp_path):
     torch.save({'lm_head.weight': torch.zeros(1)}, tmp_path / 'pytorch_model.bin')
     with pytest.raises(UserError, match='pickle is never loaded'): load_model(tmp_path)
 
+@pytest.mark.parametrize('load', [load_model, load_tokenizer])
+def test_folder_that_is_not_there(load, tmp_path):
+    with pytest.raises(UserError, match='nowhere'): load(tmp_path / 'nowhere')
+
+def test_torn_weights(student, tmp_path):
+    (tmp_path / 'config.json').write_bytes((student / 'config.json').read_bytes())
+    (tmp_path / 'model.safetensors').write_bytes((student / 'model.safetensors').read_bytes()[:5000])
+    with pytest.raises(UserError, match='safetensors'): load_model(tmp_path)
+
 def test_precision_that_is_safe(monkeypatch):
     for cuda, bf16, wanted in ((False, False, torch.float32), (True, False, torch.float32), (True, True, torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, 'is_available', lambda cuda=cuda: cuda)
         monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *_, bf16=bf16, **__: bf16)
         assert safe_dtype() == wanted, (cuda, bf16)
+
+def test_emulated_bf16_is_none(monkeypatch):
+    "On Kaggle's T4 torch says yes to bf16 and means that it imitates it, many times slower."
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: including_emulation)
+    assert safe_dtype() == torch.float32
 
 # Training
 
@@ -213,18 +258,28 @@ job = json.loads(Path(sys.argv[1]).read_text())
 train_sft(job['rows'], job['measured'], job['model'], job['out_dir'], job['max_length'], **job['arguments'])
 '''
 
-def test_killed_training_ends_with_the_same_model(student, trained, tmp_path):
+@pytest.fixture(scope='module')
+def resumed(student, tmp_path_factory):
+    "The run of `trained`, killed after its first checkpoint and run again."
+    tmp_path = tmp_path_factory.mktemp('disturbed')
     rows, measured, out_dir = sums(40), sums(48)[40:], tmp_path / 'killed'
     job = {'rows': rows, 'measured': measured, 'model': str(student), 'out_dir': str(out_dir), 'max_length': 80, 'arguments': dict(save_steps=2, **TRAINING)}
     (tmp_path / 'job.json').write_text(json.dumps(job))
-    child = subprocess.run([sys.executable, '-c', KILLED, tmp_path / 'job.json'], capture_output=True, text=True)
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    child = subprocess.run([sys.executable, '-c', KILLED, tmp_path / 'job.json'], capture_output=True, text=True, env=environment)
     assert child.returncode == -signal.SIGKILL, child.stderr[-2000:]
     assert (out_dir / 'checkpoints/checkpoint-2/trainer_state.json').is_file() and not (out_dir / 'model').exists()
     (out_dir / 'checkpoints/checkpoint-4').mkdir() # Torn: the next one was being written
-    log = train_sft(rows, measured, student, out_dir, 80, save_steps=2, **TRAINING)
-    undisturbed, whole_log = trained
-    assert file_hash(out_dir / 'model/model.safetensors') == file_hash(undisturbed / 'model/model.safetensors')
-    assert log == whole_log and not (out_dir / 'checkpoints').exists()
+    return out_dir, train_sft(rows, measured, student, out_dir, 80, save_steps=2, **TRAINING)
+
+def test_killed_training_ends_with_the_same_model(trained, resumed):
+    folders, logs = zip(trained, resumed)
+    assert len({file_hash(folder / 'model/model.safetensors') for folder in folders}) == 1
+    losses = [[entry['loss'] for entry in log['train']] for log in logs]
+    assert losses[0] == losses[1] and not (resumed[0] / 'checkpoints').exists()
+
+def test_killed_training_leaves_the_same_log(trained, resumed):
+    assert (trained[0] / 'log.json').read_text() == (resumed[0] / 'log.json').read_text()
 
 def test_checkpoints_of_another_job_are_not_used(student, tmp_path):
     torn = tmp_path / 'checkpoints/checkpoint-2'
@@ -232,6 +287,21 @@ def test_checkpoints_of_another_job_are_not_used(student, tmp_path):
     (torn / 'trainer_state.json').write_text('{"this is": "another job\'s"}')
     (tmp_path / 'checkpoints/job').write_text('0123456789abcdef')
     assert train_sft(sums(8), [], student, tmp_path, 80, **{**TRAINING, 'num_train_epochs': 1.0})['train'][0]['step'] == 1
+
+def test_checkpoints_of_another_base_model_are_not_used(student, tmp_path, monkeypatch):
+    "The folder of the base model is the same, what is in it is not."
+    base, rows, arguments = tmp_path / 'base', sums(16), {**TRAINING, 'save_steps': 2}
+    save, texts = transformers.Trainer._save_checkpoint, [row['messages'][0]['content'] for row in sums(81)]
+    def stop(*found, **named):
+        save(*found, **named)
+        raise Ready
+    make_student(texts, base, **SMALL)
+    with monkeypatch.context() as patched, pytest.raises(Ready):
+        patched.setattr(transformers.Trainer, '_save_checkpoint', stop)
+        train_sft(rows, [], base, tmp_path / 'resumed', 80, **arguments)
+    make_student(texts, base, **SMALL, seed=1)
+    for name in ('resumed', 'fresh'): train_sft(rows, [], base, tmp_path / name, 80, **arguments)
+    assert file_hash(tmp_path / 'resumed/model/model.safetensors') == file_hash(tmp_path / 'fresh/model/model.safetensors')
 
 def test_lora_leaves_a_merged_model(student, tmp_path):
     train_sft(sums(40), [], student, tmp_path, 80, {'r': 4, 'target_modules': 'all-linear'}, **TRAINING)
