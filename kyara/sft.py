@@ -64,10 +64,11 @@ def make_student(
     folder: str | Path, # Where it is saved
     vocab_size: int = 3000,
     hidden_size: int = 128,
-    intermediate_size: int = 384,
-    num_hidden_layers: int = 4,
+    intermediate_size: int = 512,
+    num_hidden_layers: int = 3,
     num_attention_heads: int = 4,
     max_position_embeddings: int = 4096,
+    initializer_range: float = 0.09, # Near 1/sqrt(hidden_size); at Gemma's 0.02 so small a model learned half as much
     seed: int = 0, # Of the random weights
 ) -> Path: # The folder; AutoModelForCausalLM and AutoTokenizer load it
     "Make a small Gemma-2 with random weights."
@@ -80,6 +81,7 @@ def make_student(
                           num_hidden_layers=num_hidden_layers, num_attention_heads=num_attention_heads,
                           num_key_value_heads=num_attention_heads // 2, head_dim=head_dim, query_pre_attn_scalar=head_dim,
                           max_position_embeddings=max_position_embeddings, sliding_window=max_position_embeddings // 2,
+                          initializer_range=initializer_range,
                           pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     model = Gemma2ForCausalLM(config)
     stop = tokenizer.convert_tokens_to_ids('<end_of_turn>')
@@ -134,7 +136,9 @@ def load_model(
     _refuse_folder_without(model, weights, 'no safetensors (a pickle is never loaded)')
     options = dict(dtype=safe_dtype(), attn_implementation='eager', use_safetensors=True)
     try: return AutoModelForCausalLM.from_pretrained(str(model), **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise UserError(f'the safetensors of {model} are damaged: {first_line(error)}; copy or train the model again') from None
+    except (OSError, ValueError) as error:
         raise UserError(f'the model {model} cannot be loaded: {first_line(error)}; name a model folder or a hub id') from None
 
 def first_line(error: Exception) -> str:
