@@ -362,7 +362,7 @@ def model_settings(
     "Look a model up by name."
     sections = read_settings()
     if f'model.{name}' in sections: return parse_model(name, dict(sections[f'model.{name}']))
-    if (Path(name) / 'config.json').is_file(): return ModelSettings(Path(name).resolve().name, 'local', str(name))
+    if (Path(name) / 'config.json').is_file(): return ModelSettings('/'.join(Path(name).resolve().parts[-2:]), 'local', str(name))
     if name == 'offline': return ModelSettings('offline', 'offline', 'offline')
     known = ['offline'] + [section.removeprefix('model.') for section in sections.sections() if section.startswith('model.')]
     raise UserError(f"there is no model named {name!r}; settings.ini has {', '.join(sorted(set(known)))}")

@@ -199,9 +199,9 @@ def _judge_prompt(row, replies, first, second):
 def _judged_pair(row, replies, better, worse, judge, verdicts):
     meta, calls = row.get('meta') or {}, [replies[better].call_id, replies[worse].call_id, *(reply.call_id for reply in verdicts)]
     inherited = {key: meta[key] for key in ('source_ids', 'license', 'lang') if key in meta}
-    found = {'rejected_model': worse, 'judge': judge.model, 'task': row.get('task')}
+    found = {'rejected_model': model_settings(worse).name, 'judge': judge.model, 'task': row.get('task')}
     return preference(row['messages'][:-1], replies[better].text, replies[worse].text, 'rlaif', stage='preference', source='kyara:rlaif',
-                      parent_ids=[row['id']], call_ids=calls, model=better, details=found, **inherited)
+                      parent_ids=[row['id']], call_ids=calls, model=model_settings(better).name, details=found, **inherited)
 
 # %% ../nbs/16_preference.ipynb #16000024
 def public_pair(
