@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-# Threads that wait without spinning: a machine that others use as well stays fast.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Threads that wait spin only briefly: a machine that others use as well stays fast.
+export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: help demo test lab
 help:

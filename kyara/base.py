@@ -358,8 +358,9 @@ def item_text(
 ) -> str: # What a model is asked
     "Find the question of an evaluation item."
     turns = item.get('messages') or item.get('prompt')
-    asked = [turn['content'] for turn in turns if turn['role'] == 'user'] if isinstance(turns, list) else []
-    if asked: return asked[-1]
+    turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    asked = [turn.get('content') for turn in turns if turn.get('role') == 'user']
+    if asked and isinstance(asked[-1], str): return asked[-1]
     named = [item[name] for name in (*QUESTION_COLUMNS, 'text') if isinstance(item.get(name), str)]
     return named[0] if named else ''
 
@@ -401,7 +402,9 @@ def read_items(
         path = resolve_path(location)
         for number, item in enumerate(read_rows(path, 'held_out')):
             name = item.get('id') or item.get('item_id') or number
-            yield f'{source_name(location)}/{name}', item_text(item)
+            text = item_text(item)
+            if not text.strip(): raise UserError(f'{location}: held-out row {number + 1} holds no question to look for')
+            yield f'{source_name(location)}/{name}', text
 
 def drop_contaminated(
     rows: Iterable[dict], # Dialogues
@@ -489,7 +492,8 @@ def _check_names(sources, *tables):
     names = [source_name(location) for location in sources]
     if not names: raise UserError('sources is empty; name at least one')
     unknown = sorted({name for table in tables for name in table} - set(names))
-    if unknown: raise UserError(f"no source is named {', '.join(unknown)}; there are {', '.join(names)}")
+    if unknown:
+        raise UserError(f"weights, caps or licenses name {', '.join(unknown)}, but the sources are {', '.join(names)}")
 
 # %% ../nbs/13_base.ipynb #13000050
 LENGTHS = [0, 50, 100, 200, 400, 800, 1600, 3200, 6400]

@@ -12,14 +12,16 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from .core import batched, drop
-from .sft import load_model, load_tokenizer, lora_config, model_identity, quiet_libraries, row_problem, run_trainer, safe_dtype, save_model
+from .core import UserError, batched, drop
+from .sft import load_model, load_tokenizer, lora_config, made_from, model_identity
+from .sft import quiet_libraries, row_problem, run_trainer, safe_dtype, save_model
 
 # %% ../nbs/17_dpo.ipynb #17000004
 def pair_problem(
     row: dict, # A preference row
 ) -> str: # Name of the first rule broken, '' if the pair can be trained on
     "Say why a pair cannot be trained on."
+    if not all(isinstance(row.get(part), list) for part in ('prompt', 'chosen', 'rejected')): return 'not_a_pair'
     problems = [row_problem(row['prompt'] + row[side]) for side in ('chosen', 'rejected')]
     if any(problems): return next(filter(None, problems))
     return 'identical_answers' if row['chosen'] == row['rejected'] else ''
@@ -33,7 +35,7 @@ def fit_pairs(
     kept, dropped, longest = [], [], 0
     for row in rows:
         problem = pair_problem(row)
-        if problem: dropped.append(drop(row, problem, json.dumps(row['rejected'], ensure_ascii=False)[:200]))
+        if problem: dropped.append(drop(row, problem, json.dumps(row.get('rejected'), ensure_ascii=False)[:200]))
         else:
             length = max(pair_lengths(row, tokenizer))
             if max_length and length > max_length: dropped.append(drop(row, 'too_long', f'{length} tokens, limit {max_length}'))
@@ -61,7 +63,7 @@ def dpo_arguments(
                     lr_scheduler_type='cosine', eval_strategy='epoch')
     fixed = dict(output_dir=str(Path(out_dir) / 'checkpoints'), max_length=max_length, report_to='none', disable_tqdm=True,
                  save_total_limit=2)
-    return DPOConfig(**{**defaults, **arguments, **fixed})
+    return made_from(DPOConfig, {**defaults, **arguments, **fixed})
 
 # %% ../nbs/17_dpo.ipynb #17000008
 def train_dpo(
@@ -76,6 +78,7 @@ def train_dpo(
     "Train `model` to prefer the chosen answers, with itself as it was for the reference."
     from datasets import Dataset
     from trl import DPOTrainer
+    if not rows: raise UserError('no pair can be trained on; look at `dropped` for the reasons, and at sources and max_length')
     quiet_libraries()
     columns = ('prompt', 'chosen', 'rejected')
     dataset = lambda rows: Dataset.from_list([{name: row[name] for name in columns} for row in rows]) if rows else None

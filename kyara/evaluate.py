@@ -106,12 +106,15 @@ def read_items(
     "Read the items of a benchmark."
     rows = list(benchmark.read(Path(path)))
     if not rows: raise UserError(f'{benchmark.name}: {path} holds no items')
+    if max_items < 0: raise UserError(f'max_items is {max_items}; 0 takes all')
     if max_items and max_items < len(rows):
         rows = [rows[place] for place in sorted(random.Random(seed).sample(range(len(rows)), max_items))]
     items, dropped, seen = [], [], set()
     for row in rows:
-        gold = benchmark.gold(row)
-        item = {'id': str(row['id']), 'messages': benchmark.prompt(row), 'gold': gold, 'row': row}
+        try: item = {'id': str(row['id']), 'messages': benchmark.prompt(row), 'gold': benchmark.gold(row), 'row': row}
+        except (LookupError, TypeError) as error:
+            raise UserError(f'{path} is not in the form of {benchmark.name}: {error} in {str(row)[:60]}') from None
+        gold = item['gold']
         problem = 'no_gold' if gold is None else 'duplicate_id' if item['id'] in seen else ''
         seen.add(item['id'])
         if not problem: items.append(item)

@@ -78,10 +78,17 @@ def read_squad_records(
         yield drop({}, 'unknown_format', f"{path.name} has no list 'data' as SQuAD has; write one object a line (.jsonl)")
         return
     for article in content['data']:
+        if not _is_article(article):
+            yield drop({}, 'unknown_format', f'{path.name}: an article is not as SQuAD has it: {str(article)[:60]}')
+            continue
         for number, paragraph in enumerate(article.get('paragraphs', [])):
             record = {'title': article.get('title'), 'doc_id': paragraph.get('id'), 'text': paragraph.get('context')}
             evidence = f"{path.name}: paragraph {number} of {article.get('title')!r} has no context"
             yield record if record['text'] else drop(record, 'no_text', evidence)
+
+def _is_article(article):
+    paragraphs = article.get('paragraphs', []) if isinstance(article, dict) else None
+    return isinstance(paragraphs, list) and all(isinstance(paragraph, dict) for paragraph in paragraphs)
 
 # %% ../nbs/10_index.ipynb #10000012
 UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError, pa.ArrowException)
@@ -619,7 +626,8 @@ class KnowledgeBase:
         "Open what was built: its folder, the index stage's folder, or a server's collection."
         pointer = Path(location) / 'knowledge_base.json'
         if pointer.is_file():
-            named = json.loads(pointer.read_text(encoding='utf-8'))['location']
+            named = (parse_object(pointer.read_text(encoding='utf-8')) or {}).get('location')
+            if not named: raise UserError(f'{pointer} is damaged; run the index stage again')
             location = named if named.startswith('qdrant:') else Path(location) / named
         store = open_store(location, must_exist=True)
         state = store.read_state()
@@ -700,6 +708,7 @@ def build_index(
     "Read, chunk and index documents; write all three down."
     folder, dropped = Path(out_dir), []
     if not sources: raise UserError('sources is empty; name a file, a folder, hf:NAME or sample:corpus')
+    if max_documents < 0: raise UserError(f'max_documents is {max_documents}; 0 takes all')
     pairs = chain.from_iterable(read_documents(source, max_documents, license) for source in sources)
     kept = write_rows(unique_documents(pairs, dropped), folder / 'document', 'document')
     if not kept:

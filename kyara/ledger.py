@@ -88,8 +88,7 @@ def open_database(
         connection = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
         connection.executescript(PRAGMAS + SCHEMA)
     except (OSError, sqlite3.Error) as error:
-        raise UserError(f'the ledger {path} cannot be opened: {error}; '
-                        'see `kyara ledger verify`, or name another file') from None
+        raise UserError(f'the ledger {path} cannot be opened: {error}; name another file') from None
     return connection
 
 # %% ../nbs/01_ledger.ipynb #01000013

@@ -561,8 +561,10 @@ def load_local(
     "Load a model once per process."
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from huggingface_hub.utils.logging import set_verbosity_error
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
+    set_verbosity_error() # The error that ends the retries says it all
     reuse_memory()
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
@@ -704,7 +706,9 @@ def ask(
 ) -> list[Reply]: # One for each request, in order
     "Answer requests from the ledger or the model; each ends in a reply or a named failure."
     settings = model if isinstance(model, ModelSettings) else model_settings(model)
-    if concurrency: settings = replace(settings, concurrency=concurrency)
+    if concurrency is not None: settings = replace(settings, concurrency=concurrency)
+    if settings.concurrency < 1:
+        raise UserError(f'model {settings.name} has concurrency {settings.concurrency}; it must be at least 1')
     if not isinstance(ledger, Ledger):
         more = {'stage': stage, 'run': run, 'max_cost': max_cost, 'label': label}
         with Ledger(ledger) as opened: return ask(requests, settings, ledger=opened, **more)

@@ -873,6 +873,8 @@ def make_math(
     seed: int, # Decides everything that is drawn
 ) -> tuple[dict[str, list[dict]], dict[str, int]]: # Rows by artifact; problems left after each step
     "Make verified mathematics from personas."
+    for name, value, least in (('max_problems', max_problems, 1), ('samples', samples, 1), ('held_out', held_out, 0)):
+        if value < least: raise UserError(f'{name} is {value}; it must be at least {least}')
     drafts = plan_drafts(personas, max_problems, kinds, difficulty, seed)
     written, unwritten = write_problems(drafts, teacher, seed)
     unique, twins = drop_near_duplicates(written, max_similarity)

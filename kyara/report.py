@@ -117,8 +117,9 @@ def notebook_seconds(
     path: Path, # An executed notebook
 ) -> float | None: # How long papermill took
     "Read the duration of an executed notebook."
-    if not path.is_file(): return None
-    duration = read_notebook(path)['metadata'].get('papermill', {}).get('duration')
+    try: notebook = read_notebook(path)
+    except UserError: return None # not there, or cut off when the run was killed
+    duration = notebook['metadata'].get('papermill', {}).get('duration')
     return None if duration is None else round(duration, 1)
 
 # %% ../nbs/19_report.ipynb #19000015
@@ -246,7 +247,7 @@ def plot_training(
         points = [point for point in points if point[1] is not None]
         if points: axes.plot(*zip(*points), color=color, marker='o' if name == 'eval' else '', label=name)
     axes.set(title=title, xlabel='step', ylabel='loss', ylim=(0, None))
-    axes.legend()
+    if axes.lines: axes.legend()
     return figure
 
 def _figure(height):
@@ -370,7 +371,7 @@ def trace_row(
 ) -> tuple[dict, dict]: # The tree of its origins, and its ledger entries by call id
     "Trace a row back to its documents and calls."
     run_dir = Path(run_dir)
-    if not run_dir.is_dir(): raise UserError(f'{run_dir} is no run; name a folder such as runs/demo')
+    if not finished_stages(run_dir): raise UserError(f'{run_dir} has no finished stage; run its recipe first')
     tree = lineage(run_dir, row_id)
     if tree['kind'] == 'unknown':
         raise UserError(f'no row of {run_dir} has the id {row_id}; the report shows some ids')

@@ -439,9 +439,9 @@ def kernel_environment(
     run_dir: Path, # Folder of the run
 ):
     "Set what kernels inherit: no progress bars and warnings in stored outputs, the workspace's settings."
-    waiting = os.environ.get('OMP_WAIT_POLICY', 'PASSIVE') # Spinning threads made training on a shared machine four times slower
+    spin = os.environ.get('GOMP_SPINCOUNT', '1000') # Threads that spin for long made training on a shared machine several times slower
     values = {'KYARA_RUN': str(run_dir), 'KYARA_PROGRESS': '0', 'PYTHONWARNINGS': 'ignore',
-              'PYDEVD_DISABLE_FILE_VALIDATION': '1', 'OMP_WAIT_POLICY': waiting}
+              'PYDEVD_DISABLE_FILE_VALIDATION': '1', 'GOMP_SPINCOUNT': spin}
     settings = settings_path()
     if settings: values['KYARA_SETTINGS'] = str(settings.resolve())
     before = {key: os.environ.get(key) for key in values}
@@ -771,9 +771,12 @@ def read_documents_file(
     path: Path, # JSON ({id: text} or a list of rows), JSONL or Parquet (a row a line)
 ): # What `check_citations` takes
     "Read the documents an answer cites."
-    if '.jsonl' in path.name or path.suffix == '.parquet': return list(read_rows(path))
-    try: documents = json.loads(path.read_text(encoding='utf-8-sig'))
-    except json.JSONDecodeError: documents = None
+    if '.jsonl' in path.name: return list(read_rows(path))
+    try:
+        if path.suffix == '.parquet': return list(read_rows(path))
+        documents = json.loads(path.read_text(encoding='utf-8-sig'))
+    except UnicodeDecodeError: raise
+    except ValueError: documents = None # json's and pyarrow's errors
     if isinstance(documents, dict) and {'id', 'text'} <= documents.keys(): documents = [documents] # one row
     if not isinstance(documents, (dict, list)):
         raise UserError(f'{path} is no JSON object or list; write {{id: text}}, or a row a line (.jsonl)')

@@ -509,7 +509,10 @@ def score_rows(
     if not rows: raise UserError(f'{benchmark}: there are no rows to score')
     if data and not Path(data).is_dir(): raise UserError(f'{data} is not a folder')
     try: scored = known.score(rows, rule or known.rules[0], model, Path(data) if data else None)
+    except UserError: raise
     except KeyError as error: raise UserError(f'{benchmark}: a row lacks the field {error}') from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f'{benchmark}: a row has a field of another form than the rule reads ({error})') from None
     total = len(scored.items) or len(rows)
     partial = {'partial': True, 'items': known.items} if known.items and total != known.items else {}
     name = scored.details.pop('rule', rule or known.rules[0])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHAT_TEMPLATE', 'TURN_TOKENS', 'train_tokenizer', 'frequent_characters', 'make_student', 'save_model',
            'load_tokenizer', 'load_model', 'first_line', 'safe_dtype', 'quiet_libraries', 'row_problem', 'fit_rows',
-           'split_rows', 'sft_arguments', 'run_trainer', 'last_checkpoint', 'training_log', 'train_sft',
+           'split_rows', 'sft_arguments', 'made_from', 'run_trainer', 'last_checkpoint', 'training_log', 'train_sft',
            'model_identity', 'lora_config', 'plot_losses']
 
 # %% ../nbs/15_sft.ipynb #15000002
@@ -218,7 +218,15 @@ def sft_arguments(
                     lr_scheduler_type='cosine', train_sampling_strategy='group_by_length', eval_strategy='epoch')
     fixed = dict(output_dir=str(Path(out_dir) / 'checkpoints'), max_length=max_length, assistant_only_loss=True,
                  report_to='none', disable_tqdm=True, save_total_limit=2)
-    return SFTConfig(**{**defaults, **arguments, **fixed})
+    return made_from(SFTConfig, {**defaults, **arguments, **fixed})
+
+def made_from(
+    kind: type, # A configuration class of TRL or PEFT
+    arguments: dict, # Its own names
+): # An instance
+    "Configure a library; what it refuses is the user's to mend."
+    try: return kind(**arguments)
+    except (TypeError, ValueError) as error: raise UserError(f'{kind.__name__} refuses the arguments: {first_line(error)}') from None
 
 # %% ../nbs/15_sft.ipynb #15000022
 def run_trainer(
@@ -271,6 +279,7 @@ def train_sft(
     "Fine-tune `model` on dialogues; the loss counts the assistant's tokens only."
     from datasets import Dataset
     from trl import SFTTrainer
+    if not rows: raise UserError('no row can be trained on; look at `dropped` for the reasons, and at sources and max_length')
     quiet_libraries()
     dataset = lambda rows: Dataset.from_list([{'messages': row['messages']} for row in rows]) if rows else None
     evaluated = {} if eval_rows else {'eval_strategy': 'no'}
@@ -295,7 +304,7 @@ def lora_config(
     "Read the recipe's `peft`."
     if not peft: return None
     from peft import LoraConfig
-    return LoraConfig(**{'task_type': 'CAUSAL_LM', **peft})
+    return made_from(LoraConfig, {'task_type': 'CAUSAL_LM', **peft})
 
 # %% ../nbs/15_sft.ipynb #15000024
 def plot_losses(

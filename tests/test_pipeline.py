@@ -67,4 +67,4 @@ def test_four_models_stand_side_by_side(run_dir):
 
 def test_the_report_is_one_page_without_a_network(run_dir):
     page = (run_dir / 'report.html').read_text(encoding='utf-8')
-    assert '<img src="data:' in page and 'src="http' not in page and '<link' not in page
+    assert 'src="data:image/png' in page and 'src="http' not in page and '<link' not in page
