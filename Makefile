@@ -21,7 +21,7 @@ demo: $(READY)
 	kyara run runs/demo.yaml
 
 lab: $(READY)
-	jupyter lab nbs
+	jupyter lab nbs $(if $(filter 0,$(shell id -u)),--allow-root)
 
 test: $(READY)
 	@$(call unchanged,nbdev-clean)
