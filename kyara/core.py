@@ -437,11 +437,12 @@ def progress(
     items: Iterable | None = None, # What is walked through; None for a bar that is moved by hand
     total: int | None = None, # How many, if `items` cannot say
     label: str = '', # What is counted
+    unit: str = 'it', # Of the rate
 ):
     "Show how far a loop has come, where somebody is watching."
     from tqdm.auto import tqdm
     watched = os.environ.get('KYARA_PROGRESS', '1') != '0' and (sys.stderr.isatty() or in_jupyter())
-    return tqdm(items, total=total, desc=label, disable=not watched, leave=False)
+    return tqdm(items, total=total, desc=label, unit=unit, disable=not watched, leave=False)
 
 def in_jupyter() -> bool: # True in a kernel of JupyterLab or papermill
     "Tell whether a Jupyter kernel runs this code."

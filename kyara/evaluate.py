@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from .core import UserError, batched, drop, model_settings, read_rows
-from .llm import Client, chat_tokens, load_local, model_identity
+from .llm import Client, model_identity
+from .providers import chat_tokens, load_local
 from .mathgen import final_answer, same_answer
 from .metrics import aggregate_alignbench, aggregate_tmmluplus, extract_answer, same_number
 from .score import gold_text, item_id, read_outputs

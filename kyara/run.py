@@ -12,7 +12,7 @@ __all__ = ['RECIPE_KEYS', 'TYPES', 'REFERENCE', 'MODEL_PARAMETERS', 'FOLDER_PARA
            'run_recipe', 'choose_stages', 'describe_run', 'run_stage', 'open_run', 'run_status', 'command_run',
            'command_status', 'command_report', 'command_trace', 'print_json', 'command_search', 'reading', 'read_text',
            'writable', 'command_ask', 'command_cite', 'read_documents_file', 'command_lint', 'command_score',
-           'command_ledger', 'OneLineParser', 'build_parser', 'positive', 'amount_of_money', 'main']
+           'command_ledger', 'OneLineParser', 'build_parser', 'positive', 'amount', 'main']
 
 # %% ../nbs/20_run.ipynb #20000002
 import argparse, ast, difflib, fcntl, json, os, re, shutil, signal, sys, time, zlib
@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import kyara
-from .core import (UserError, code_version, fingerprint, model_settings, parse_object, read_jsonl,
+from .core import (UserError, code_version, fingerprint, model_settings, parse_object,
                         read_manifest, read_rows, sample_path, settings_path, write_text)
 from .report import (counts_text, read_notebook, read_record, score_table, stage_table, text_table,
                           trace_lines, trace_row, write_report)
@@ -709,51 +709,20 @@ def writable(
 # %% ../nbs/20_run.ipynb #20000061
 def command_ask(arguments) -> int:
     "Ask a model every prompt of a file."
-    from kyara.llm import ask
-    with reading(arguments.prompts) as path:
-        prompts = [_prompt(number, row) for number, row, _ in read_jsonl(path)]
+    from kyara.batch import answer_file, read_schema
+    from kyara.llm import Client
+    schema = None
+    if arguments.schema:
+        with reading(arguments.schema) as path: schema = read_schema(path)
     model_settings(arguments.model).api_key()
-    writable(arguments.out)
-    good = [request for _, request, _ in prompts if request]
-    answers = iter(ask(good, arguments.model, ledger=arguments.ledger, stage='ask', label='ask',
-                       concurrency=arguments.concurrency, max_cost=arguments.max_cost))
-    replies = [_reply(name, next(answers)) if request else {'id': name, 'reply': None, 'error': error}
-               for name, request, error in prompts]
-    lines = ''.join(json.dumps(reply, ensure_ascii=False) + '\n' for reply in replies)
-    write_text(arguments.out, lines.encode('utf-8', 'replace').decode('utf-8'))
-    failed = sum(reply['error'] is not None for reply in replies)
-    print(f'{len(replies) - failed} answered, {failed} failed: {arguments.out}')
+    out = writable(arguments.out)
+    with reading(arguments.prompts) as path:
+        client = Client(arguments.model, arguments.ledger, stage='ask', max_cost=arguments.max_cost,
+                        max_tokens=arguments.max_tokens, patience=arguments.patience, concurrency=arguments.concurrency)
+        with client.ledger:
+            answered, failed = answer_file(path, out, client, tuple(arguments.accept or ()), schema)
+    print(f'{answered} answered, {failed} failed: {out}')
     return 3 if failed else 0
-
-def _prompt(number, row):
-    from kyara.llm import Request
-    if row is None: return None, None, f'line {number} is not a JSON object'
-    options = {key: value for key, value in row.items() if key != 'id'}
-    unknown = sorted(options.keys() - Request.__dataclass_fields__.keys())
-    if unknown: return row.get('id'), None, f'line {number} has the unknown key {unknown[0]}'
-    if not _are_turns(options.get('messages')):
-        return row.get('id'), None, f'line {number} has no messages with role and content'
-    wrong = [key for key, value in options.items() if not _fits(key, value)]
-    problem = wrong and f'line {number}: {wrong[0]} cannot be {json.dumps(options[wrong[0]])}'
-    if problem: return row.get('id'), None, problem
-    return row.get('id'), Request(**options), None
-
-def _fits(key, value):
-    if isinstance(value, bool): return False
-    if key in ('temperature', 'top_p'): return isinstance(value, (int, float)) and value >= 0
-    if key in ('max_tokens', 'sample'): return isinstance(value, int) and value >= (key == 'max_tokens')
-    if key == 'stop': return isinstance(value, list) and all(isinstance(text, str) and text for text in value)
-    return value is None or isinstance(value, {'messages': list, 'seed': int, 'schema': dict}[key])
-
-def _are_turns(messages):
-    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages): return False
-    texts = [turn.get(key) for turn in messages for key in ('role', 'content')]
-    return bool(texts) and all(isinstance(text, str) for text in texts)
-
-def _reply(name, reply):
-    error = None if reply.ok else reply.error or reply.finish_reason
-    return {'id': name, 'reply': reply.text, 'finish_reason': reply.finish_reason,
-            'model_version': reply.model_version, 'usage': reply.usage, 'cost': reply.cost, 'error': error}
 
 # %% ../nbs/20_run.ipynb #20000062
 def command_cite(arguments) -> int:
@@ -887,17 +856,22 @@ def _add_model_commands(commands):
     ask.add_argument('--out', required=True, metavar='FILE', help='JSONL, a reply a line, in the same order')
     ask.add_argument('--ledger', required=True, metavar='PATH', help='where replies are kept')
     ask.add_argument('--concurrency', type=positive, metavar='N', help='requests under way at once')
-    ask.add_argument('--max-cost', type=amount_of_money, metavar='X', help='stop when this much is spent')
+    ask.add_argument('--max-cost', type=amount, metavar='X', help='stop when this much is spent')
+    ask.add_argument('--max-tokens', type=positive, metavar='N', help='stop when so many tokens are read and written')
+    ask.add_argument('--patience', type=amount, metavar='SECONDS', help='how long to wait for a dead service (600)')
+    ask.add_argument('--schema', metavar='FILE', help='a JSON schema that every reply has to fit')
+    ask.add_argument('--accept', action='append', choices=['length', 'safety', 'empty', 'rerouted'],
+                     help='take such replies as answers, too')
 
 def positive(text: str) -> int:
     "Read a whole number from 1."
     if re.fullmatch('[0-9]+', text) and int(text): return int(text)
     raise argparse.ArgumentTypeError(f'{text} is no whole number from 1')
 
-def amount_of_money(text: str) -> float:
-    "Read an amount, 0 or more."
+def amount(text: str) -> float:
+    "Read a number, 0 or more."
     if re.fullmatch(r'\d+(\.\d*)?|\.\d+', text): return float(text)
-    raise argparse.ArgumentTypeError(f'{text} is no amount of money, e.g. 2.50')
+    raise argparse.ArgumentTypeError(f'{text} is no number like 2.50')
 
 def _add_text_commands(commands):
     cite = _command(commands, command_cite, 'check each cited claim of an answer against its documents',

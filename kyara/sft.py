@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .core import UserError, content_hash, drop, fingerprint, read_rows, write_text
-from .llm import reuse_memory
+from .providers import reuse_memory
 
 # %% ../nbs/15_sft.ipynb #15000004
 CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<start_of_turn>model

@@ -108,10 +108,10 @@ MISTAKES = [ # Words, then what the line must say
     ([*OFFLINE, '--in', 'bare'], 'is no file'), ([*OFFLINE, '--in', 'fake.jsonl.gz'], 'cannot be read'),
     ([*OFFLINE, '--out', 'bare'], 'cannot be written'), ([*OFFLINE, '--out', ''], 'cannot be written'),
     ([*OFFLINE, '--out', '/proc/none/replies.jsonl'], 'cannot be written'),
-    ([*OFFLINE, '--ledger', 'bare'], 'cannot be opened'),
+    ([*OFFLINE, '--ledger', 'bare'], 'is a folder'),
     ([*OFFLINE, '--ledger', 'settings.ini'], 'not a database'),
     ([*OFFLINE, '--concurrency', '0'], 'no whole number from 1'),
-    ([*OFFLINE, '--max-cost', '-1'], 'amount of money'), ([*OFFLINE, '--max-cost', 'nan'], 'amount of money'),
+    ([*OFFLINE, '--max-cost', '-1'], 'no number'), ([*OFFLINE, '--max-cost', 'nan'], 'no number'),
     (['cite', '--answer', 'binary.txt', '--documents', 'documents.json'], 'is not UTF-8'),
     (['cite', '--answer', 'none.txt', '--documents', 'documents.json'], 'is no file'),
     *[(['cite', '--answer', 'answer.txt', '--documents', name], part) for name, part in {
