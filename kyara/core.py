@@ -49,7 +49,8 @@ META = {
     'details': 'text', # JSON: verdicts, queries, evidence
 }
 ROW_KINDS = {
-    'document': {'doc_id': 'text', 'title': 'text', 'text': 'text', 'source': 'text', 'license': 'text', 'lang': 'text'},
+    'document': {'doc_id': 'text', 'title': 'text', 'text': 'text', 'source': 'text', 'license': 'text', 'lang': 'text',
+                 'note': 'text'}, # What the reader had to assume, e.g. an encoding
     'chunk': {'id': 'text', 'doc_id': 'text', 'title': 'text', 'text': 'text', 'start': 'whole', 'end': 'whole',
               'heading': 'text', 'source': 'text', 'license': 'text'},
     'dialogue': {'id': 'text', 'messages': 'messages', 'task': 'text', 'meta': 'meta'},
@@ -164,7 +165,7 @@ def parse_object(
 ) -> dict | None: # The object, None if it is none
     "Parse a JSON object."
     try: value = json.loads(text)
-    except ValueError: return None
+    except (ValueError, RecursionError): return None
     return value if isinstance(value, dict) else None
 
 # %% ../nbs/00_core.ipynb #00000019
@@ -324,9 +325,9 @@ def write_text(
 class ModelSettings:
     "One `[model.NAME]` section of `settings.ini`."
     name: str # The name that recipes use
-    provider: str # 'offline', 'openai', 'gemini' or 'local'
+    provider: str # 'offline', 'openai', 'gemini', 'gemini-batch' or 'local'
     model: str = '' # The provider's own name of the model, or a folder
-    base_url: str = '' # Endpoint, for `openai` (and `gemini` in tests)
+    base_url: str = '' # Endpoint, for `openai`; grpc://HOST:PORT has `gemini` speak gRPC
     api_key_env: str = '' # Environment variable that holds the key
     timeout: float = 120.0 # Seconds a request may take
     requests_per_minute: int = 0 # 0: no limit

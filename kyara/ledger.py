@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'MAGIC', 'APPLICATION', 'VERSION', 'PAGE', 'STORED', 'SCHEMA', 'WHOLE', 'LIGHT', 'INSERT', 'INSERT_AT',
            'INSERT_JOB', 'Entry', 'checksum', 'reply_sum', 'entry_row', 'row_entry', 'DamagedLedger', 'open_database',
-           'damaged', 'refuse_foreign', 'writable', 'Claims', 'open_claims', 'close_claims', 'Job', 'job_sum', 'Ledger',
-           'ledger_stats', 'export_ledger', 'verify_ledger', 'log_frames', 'check_log', 'Pages', 'leaf_rows', 'varint',
-           'row_payload', 'read_values', 'fitting_row', 'whole_rows', 'recover_ledger', 'rescue']
+           'damaged', 'refuse_foreign', 'writable', 'Connection', 'is_open', 'Claims', 'open_claims', 'close_claims',
+           'Job', 'job_sum', 'Ledger', 'ledger_stats', 'export_ledger', 'verify_ledger', 'log_frames', 'check_log',
+           'Pages', 'leaf_rows', 'varint', 'row_payload', 'read_values', 'fitting_row', 'whole_rows', 'recover_ledger',
+           'rescue']
 
 # %% ../nbs/01_ledger.ipynb #01000002
 import errno, gzip, itertools, json, mmap, os, sqlite3, struct, threading, time, zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 try: import fcntl
 except ImportError: fcntl = None # Windows: claims hold within one process
 
@@ -108,9 +111,11 @@ def open_database(
     "Open or make a ledger file; a file that is something else is refused untouched."
     try:
         if not read_only: path.parent.mkdir(parents=True, exist_ok=True)
-        new = not refuse_foreign(path)
-        if new and read_only: raise UserError(f'there is no ledger {path}; check its name')
-        return _prepared(_connect(path, read_only), path, read_only)
+        with _opening:
+            new = not refuse_foreign(path)
+            if new and read_only: raise UserError(f'there is no ledger {path}; check its name')
+            connection = _connect(path, read_only)
+        return _prepared(connection, path, read_only)
     except sqlite3.OperationalError as error: raise _no_ledger(path, error) from None
     except sqlite3.DatabaseError as error: raise damaged(path, error) from None
     except OSError as error: raise _no_ledger(path, error.strerror) from None
@@ -134,6 +139,7 @@ def refuse_foreign(
     "Raise `UserError` if `path` is something other than a ledger."
     if not path.exists(): return False
     if not path.is_file(): raise UserError(f'{path} is not a file, so it is no ledger; name a file')
+    if is_open(path): return True # It was looked at, and closing it here would drop SQLite's locks on it
     with open(path, 'rb') as file: header = file.read(100)
     if header and header[:16] != MAGIC:
         raise DamagedLedger(f'{path} is not a database, so it is no ledger; name another file '
@@ -163,8 +169,28 @@ def _connect(path, read_only):
     if not read_only: mode = 'mode=rwc'
     elif _wal_size(path): mode = 'mode=ro' # somebody writes, or was killed while writing
     else: mode = 'mode=rw' if writable(path) else 'immutable=1' # mode=ro would leave side files
-    address = f'{path.absolute().as_uri()}?{mode}'
-    return sqlite3.connect(address, uri=True, timeout=60, check_same_thread=False, isolation_level=None)
+    connection = sqlite3.connect(f'{path.absolute().as_uri()}?{mode}', uri=True, timeout=60, check_same_thread=False,
+                                 isolation_level=None, factory=Connection)
+    connection.place = path.resolve()
+    _open[connection.place] += 1
+    return connection
+
+class Connection(sqlite3.Connection):
+    "A connection that is known to be open until it is closed."
+    place = None
+
+    def close(self):
+        super().close()
+        with _opening: _open[self.place] -= self.place is not None
+        self.place = None
+
+_open, _opening = Counter(), threading.RLock() # Connections of this process, by file
+
+def is_open(
+    path: Path, # A ledger
+) -> bool:
+    "Tell whether this process has a connection to a ledger."
+    return _open[path.resolve()] > 0
 
 # %% ../nbs/01_ledger.ipynb #01000018
 def _prepared(connection, path, read_only):
@@ -183,14 +209,20 @@ def _prepared(connection, path, read_only):
     return connection
 
 def _make_tables(connection):
+    for setting in (f'page_size={PAGE}', 'journal_mode=wal'): connection.execute(f'pragma {setting}')
+    connection.execute('begin immediate')
+    # Another process may have been quicker
+    if connection.execute('pragma user_version').fetchone()[0] < VERSION: _write_tables(connection)
+    connection.execute('commit')
+
+def _write_tables(connection):
     connection.create_function('checksum', len(COLUMNS), lambda *values: checksum(values))
     columns, script = ', '.join(COLUMNS), SCHEMA
     if connection.execute("select 1 from pragma_table_info('calls')").fetchall():
         script = f'''alter table calls rename to old; drop index if exists calls_by_run; {SCHEMA}
             insert into calls ({columns}, checksum) select {columns}, checksum({columns}) from old; drop table old;'''
-    marks = f'pragma application_id={APPLICATION}; pragma user_version={VERSION};'
-    connection.executescript(f'pragma page_size={PAGE}; begin immediate; {script} {marks} commit;')
-    connection.execute('pragma journal_mode=wal')
+    script += f'pragma application_id={APPLICATION}; pragma user_version={VERSION};'
+    for statement in filter(str.strip, script.split(';')): connection.execute(statement)
 
 # %% ../nbs/01_ledger.ipynb #01000020
 class Claims:
@@ -272,23 +304,28 @@ INSERT_JOB = 'insert or replace into jobs values (?, ?, ?, ?, ?, ?)'
 class Ledger:
     "Paid replies by call id, in one SQLite file; safe to use from several threads and processes."
     def __init__(self,
-        path: str | Path, # The SQLite file
+        path: str | Path, # The SQLite file; ':memory:' is one that is gone with this object
         read_only: bool = False, # Change nothing; so it is anyway where nothing can be written
     ):
-        self.path, self._lock = Path(path), threading.RLock()
+        self._folder = TemporaryDirectory() if str(path) == ':memory:' else None
+        self.path = Path(self._folder.name, 'ledger.sqlite') if self._folder else Path(path)
         self.read_only = read_only or not writable(self.path)
-        self._database = open_database(self.path, self.read_only)
-        self._seen, self._claims = self._data_version(), open_claims(self.path)
+        self._database, self._lock = open_database(self.path, self.read_only), threading.RLock()
+        # A second connection, so that nobody who reads waits for a disk that is being written
+        self._reader, self._reading = open_database(self.path, read_only=True), threading.RLock()
+        self._claims = open_claims(self.path)
 
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
     def close(self):
         "Close the file; closing twice is fine."
-        with self._lock:
+        with self._lock, self._reading:
+            self._reader.close()
             self._database.close()
             if self._claims: close_claims(self._claims)
-            self._claims = None
+            if self._folder: self._folder.cleanup()
+            self._claims = self._folder = None
 
     def get_many(self, call_ids: list[str], whole: bool = True) -> dict[str, Entry]:
         "Give what is known of `call_ids`; if not `whole`, without request and raw reply, which is faster."
@@ -312,11 +349,6 @@ class Ledger:
         while rows := self._select(statement, (last, *wanted.values())):
             yield from (self._entry(row[:-1]) for row in rows)
             last = rows[-1][-1]
-
-    def changed(self) -> bool:
-        "Tell whether somebody else has written since this was last asked."
-        with self._lock: before, self._seen = self._seen, self._data_version()
-        return before != self._seen
 
     def claim(self, call_id: str) -> bool:
         "Ask to pay for a call; False if somebody is paying for it now. After True, look it up once more."
@@ -353,8 +385,6 @@ class Ledger:
         "Give findings about the file's integrity, [] if it is whole."
         return verify_ledger(self.path)
 
-    def _data_version(self): return self._select('pragma data_version')[0][0]
-
     def _entry(self, row, whole=True):
         fits = checksum(row) == row[-1] if whole else reply_sum(row) == row[-1] % 2**32
         if not fits: raise damaged(self.path, f'entry {row[0][:12]} does not fit its checksum')
@@ -362,7 +392,7 @@ class Ledger:
 
     def _select(self, statement, values=()):
         try:
-            with self._lock: return self._database.execute(statement, values).fetchall()
+            with self._reading: return self._reader.execute(statement, values).fetchall()
         except sqlite3.DatabaseError as error: raise self._failure(error, 'read') from None
 
     def _write(self, statement, rows):
@@ -450,6 +480,7 @@ def log_frames(
 
 def _mapped(path): # bytes that are read when they are needed
     if not path.exists() or not path.stat().st_size: return b''
+    assert not is_open(path), f'{path} is open in this process' # Closing it would drop SQLite's locks on it
     with open(path, 'rb') as file: return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 # %% ../nbs/01_ledger.ipynb #01000043

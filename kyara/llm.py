@@ -6,14 +6,15 @@
 __all__ = ['PLACEHOLDER', 'DATED', 'JSON_AGAIN', 'Request', 'Reply', 'call_key', 'canonical', 'model_identity', 'offline_version',
            'folder_identity', 'render_prompt', 'Completion', 'same_model', 'outcome', 'Budget', 'Outbox', 'Recorder',
            'entry_reply', 'CallFailure', 'Refused', 'pause', 'status_failure', 'retry_after', 'hide', 'Pace',
-           'guess_tokens', 'shared_pace', 'Crowd', 'Breaker', 'Call', 'Throttle', 'Queue', 'unanswered',
+           'guess_tokens', 'shared_pace', 'Crowd', 'Breaker', 'Call', 'open_files', 'Throttle', 'Queue', 'unanswered',
            'refuse_to_ask', 'replaying', 'send_all', 'may_send', 'afford', 'try_once', 'run_async', 'ask_each',
            'ready_settings', 'pay', 'pay_in_batches', 'ask', 'parse_json', 'json_candidates', 'validate', 'Parsed',
            'read_json', 'again_prompt', 'as_messages', 'Client', 'open_client', 'ask_json', 'known_or_allowed',
            'Collected', 'ask_until', 'round_size', 'projection']
 
 # %% ../nbs/02_llm.ipynb #02000002
-import asyncio, functools, hashlib, heapq, itertools, json, math, os, random, re, sys, threading, time
+import asyncio, functools, hashlib, heapq, itertools, json, math, os, random, re, signal, sys
+import threading, time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -135,6 +136,7 @@ class Completion:
 
 DATED = re.compile(r'[-@:]?(latest|\d{3,8}|\d{4}-\d{2}-\d{2}|(preview|exp)(-\d+)*)')
 
+@functools.lru_cache(maxsize=1024)
 def same_model(
     asked: str, # The name in the request
     answered: str, # The name in the reply, '' if the server did not say
@@ -251,11 +253,23 @@ class Recorder:
         self._failures.append(Reply(call_id, '', 'error', error=error))
         self.failed += 1
 
-    def know(self, entry: Entry):
-        "Take a reply that somebody paid before."
-        self.requests.pop(entry.call_id, None)
-        self.outbox.settle(entry_reply(entry, cached=True))
-        self.cached += 1
+    def know(self, entries: dict[str, Entry]):
+        "Hand on replies that somebody paid before."
+        for call_id, entry in entries.items():
+            self.requests.pop(call_id, None)
+            self.outbox.settle(entry_reply(entry, cached=True))
+        self.cached += len(entries)
+        self.outbox.release()
+        self.show()
+
+    def claim(self, call_ids: list[str]) -> set[str]: # Those this one may pay for, now that nobody else will
+        "Claim calls, and look once more whether somebody has just paid for them."
+        if self.settings.provider == 'gemini-batch': return set(call_ids) # The ledger's jobs are its claims
+        ours = {call_id for call_id in call_ids if self.ledger.claim(call_id)}
+        known = self.ledger.get_many(list(ours), whole=False)
+        self.ledger.release(list(known))
+        self.know(known)
+        return ours - known.keys()
 
     def over_budget(self) -> str: # 'max_cost', 'max_tokens' or ''
         "Name the limit that one more call would break."
@@ -267,10 +281,6 @@ class Recorder:
     def affordable(self) -> bool:
         "Tell whether one more call may be made now."
         return not self.over_budget()
-
-    def stamp(self) -> tuple | None: # None if it cannot be told
-        "Give what changes when somebody else writes into the ledger."
-        return None
 
     def write(self):
         "Make everything taken so far durable; if another process was quicker with a reply, its reply counts."
@@ -300,6 +310,11 @@ class Recorder:
         "Make durable and hand on."
         self.write()
         with self._writing: self.hand_on()
+
+    def close(self):
+        "Keep and hand on what there is, and let others pay for the rest."
+        try: self.flush()
+        finally: self.ledger.release(list(self.requests))
 
     def show(self):
         "Move the bar."
@@ -346,7 +361,7 @@ def status_failure(
     settings: ModelSettings, # Who was asked
 ) -> CallFailure: # To raise; a `Refused` is raised here
     "Tell what an error status means."
-    said = ' '.join(text.split())[:200]
+    said = ' '.join(text.split())[:200] + (f' (wait {wait:g} s)' if wait else '')
     who = f'model {settings.name}: {settings.base_url or settings.provider}'
     variable = settings.api_key_env or '(api_key_env names none)'
     if status in (401, 403) or 'API_KEY_INVALID' in text:
@@ -356,7 +371,7 @@ def status_failure(
     if status == 402 or 'insufficient_quota' in text:
         raise Refused(f'{who} wants money first ({status}). {said}')
     if status in (408, 409, 425, 429) or status >= 500:
-        return CallFailure(f'http {status}: {said}', wait=wait, busy=status == 429, blame=status >= 500)
+        return CallFailure(f'http {status}: {said}', wait=wait, busy=status == 429, blame=status >= 429)
     return CallFailure(f'http {status}: {said}', attempts=1, blame=False)
 
 def retry_after(value: str | None) -> float | None:
@@ -391,10 +406,6 @@ class Pace:
         "Put a guess right."
         self.mean = tokens if not self.mean else 0.9 * self.mean + 0.1 * tokens
         self.next += self.token * (tokens - guessed)
-
-    def hold(self, seconds: float):
-        "Let nobody start for so long."
-        self.next = max(self.next, time.monotonic() + seconds)
 
 def guess_tokens(request: Request) -> float:
     "Guess before anything is known: a token for each character read, and a quarter of what may be written."
@@ -476,8 +487,8 @@ class Breaker:
         if self.opened: self.notice(f'{self.name} answers again after {time.monotonic() - self.opened:.0f} s')
         self.opened, self.probing = 0.0, False
 
-    def failure(self, reason: str, started: float):
-        "Count a failure of a call that was sent at `started`; raise `Refused` when patience ends."
+    def failure(self, reason: str, started: float, wait: float = 0.0):
+        "Count a failure of a call sent at `started`, which may ask for a `wait`; raise `Refused` when patience ends."
         now, unreachable = time.monotonic(), reason.startswith('unreachable')
         self.failures += 1
         if self.failures < (3 if unreachable else 10) or started < self.opened: return
@@ -487,7 +498,7 @@ class Breaker:
         left = self.opened + (usual if self.patience is None else self.patience) - now
         if left <= 0:
             raise Refused(f'{self.name} does not answer ({reason}); what was paid is kept, run again when it does')
-        self.until = now + min(self.pause * random.uniform(0.75, 1.0), left)
+        self.until = now + min(max(self.pause * random.uniform(0.75, 1.0), wait), left)
         # A wrong address is told once, when patience ends
         if self.answers or self.patience is not None:
             self.notice(f'{self.name} does not answer ({reason}); pausing {self.until - now:.0f} s')
@@ -499,24 +510,37 @@ class Call:
     due: float # When it may be sent, as `time.monotonic` counts
     call_id: str
     request: Request = field(compare=False)
-    stamp: tuple | None = field(compare=False, default=None) # Of the ledger when it was looked up
+    claimed: bool = field(compare=False, default=False) # Nobody else will pay for it
     attempts: int = field(compare=False, default=0) # That failed
     answers: int = field(compare=False, default=0) # The service had given when it failed last
     odd: bool = field(compare=False, default=False) # It failed again while others were answered
+
+def open_files(
+    wanted: int, # Connections at once
+) -> int: # As many of them as the system allows
+    "Raise this process's limit of open files as far as connections need it and the system lets us."
+    try: import resource
+    except ImportError: return wanted # Windows
+    spare = 64 # For all other files
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted + spare if hard == resource.RLIM_INFINITY else min(wanted + spare, hard)
+    if soft != resource.RLIM_INFINITY and soft < most: resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return max(1, min(wanted, most - spare))
 
 class Throttle:
     "Says when a call may be sent, and learns from how it went."
     def __init__(self, settings: ModelSettings, notice: Callable[[str], None], patience: float | None = None):
         address = settings.base_url or settings.provider
         self.pace = shared_pace(settings.model, address, settings.requests_per_minute, settings.tokens_per_minute)
-        self.crowd, self.guess = Crowd(settings.concurrency), 0.0
+        self.crowd = Crowd(open_files(settings.concurrency))
         self.breaker = Breaker(f'model {settings.name}: {address}', notice, patience)
+        self.longest = 600 if patience is None else patience # Nobody waits longer for one call
 
     async def turn(self, request: Request) -> float: # Tokens it was charged
         "Wait until a call may be sent."
-        if self.breaker.opened: await self.breaker.turn()
         await self.crowd.enter()
-        if not self.pace.limited and self.pace.next <= time.monotonic(): return 0.0
+        if self.breaker.opened: await self.breaker.turn()
+        if not self.pace.limited: return 0.0
         wait, guess = self.pace.reserve(request)
         if wait > 0: await asyncio.sleep(wait)
         return guess
@@ -530,12 +554,14 @@ class Throttle:
     def failed(self, call: Call, failure: CallFailure, started: float):
         "Learn from a failure; set when to try again, or raise `Refused` if the service is dead."
         others = self.breaker.answers > call.answers
-        call.odd = call.odd or bool(call.attempts) and others
+        call.odd = call.odd or bool(call.attempts) and others and not failure.busy
         # Turned away while others are served, or stopped with everybody else: not this call's fault
         if not (failure.busy and others or self.breaker.opened): call.attempts += 1
-        call.answers, seconds = self.breaker.answers, pause(failure, call.attempts - 1)
-        if self.crowd.leave(failure.busy) and failure.wait: self.pace.hold(failure.wait)
-        if failure.blame and not failure.busy and not call.odd: self.breaker.failure(failure.reason, started)
+        if (failure.wait or 0) > self.longest: call.attempts = failure.attempts
+        call.answers, seconds = self.breaker.answers, pause(failure, max(call.attempts - 1, 0))
+        crowded = self.crowd.leave(failure.busy) or failure.busy and self.crowd.limit > 1
+        if failure.blame and not call.odd and not crowded:
+            self.breaker.failure(failure.reason, started, failure.wait or 0)
         else: self.breaker.probing = False
         call.due = time.monotonic() + seconds
 
@@ -560,7 +586,6 @@ class Queue:
 
     def put_back(self, call: Call):
         "Have a call made when it is due."
-        self.recorder.ledger.release([call.call_id])
         heapq.heappush(self.again, call)
 
 def unanswered(
@@ -572,21 +597,18 @@ def unanswered(
     settings, ledger, outbox = recorder.settings, recorder.ledger, recorder.outbox
     identity = model_identity(settings.provider, settings.model)
     for slab in batched(requests, 256):
-        stamp, keys = recorder.stamp(), []
-        for request in slab:
-            check_request(request, settings)
-            keys.append(call_key(request, settings, identity))
+        for request in slab: check_request(request, settings)
+        keys = [call_key(request, settings, identity) for request in slab]
         new = {key: request for key, request in zip(keys, slab) if outbox.line_up(key)}
-        known = ledger.get_many(list(new), whole=False)
-        for entry in known.values(): recorder.know(entry)
         recorder.cached += len(slab) - len(new)
-        outbox.release()
-        recorder.show()
-        for key, request in new.items():
-            if key in known: continue
-            refuse_to_ask(request, recorder)
-            recorder.requests[key] = request
-            yield Call(0.0, key, request, stamp)
+        known = ledger.get_many(list(new), whole=False)
+        recorder.know(known)
+        missing = [key for key in new if key not in known]
+        if missing: refuse_to_ask(new[missing[0]], recorder)
+        recorder.requests.update((key, new[key]) for key in missing)
+        ours = recorder.claim(missing)
+        for key in missing:
+            if key in recorder.requests: yield Call(0.0, key, new[key], key in ours)
 
 def refuse_to_ask(request: Request, recorder: Recorder):
     "Stop if nothing but the ledger may answer, or if a reply could not be kept."
@@ -633,19 +655,12 @@ async def _work(queue, throttle, recorder, send):
 
 # %% ../nbs/02_llm.ipynb #02000043
 def may_send(call: Call, queue: Queue, recorder: Recorder) -> bool:
-    "Claim a call; False if another process pays for it now, or has paid for it."
-    ledger = recorder.ledger
-    if not ledger.claim(call.call_id):
-        call.due, call.stamp = time.monotonic() + 0.2, None
-        heapq.heappush(queue.again, call)
-        return False
-    if call.stamp is not None and recorder.stamp() == call.stamp: return True
-    known = ledger.get_many([call.call_id], whole=False)
-    if not known: return True
-    recorder.know(known[call.call_id])
-    ledger.release([call.call_id])
-    recorder.outbox.release()
-    return False
+    "Claim a call that somebody else was paying for; False if he still is, or has paid."
+    call.claimed = call.claimed or call.call_id in recorder.claim([call.call_id])
+    if not call.claimed and call.call_id in recorder.requests:
+        call.due = time.monotonic() + 0.2
+        queue.put_back(call)
+    return call.claimed
 
 async def afford(call: Call, recorder: Recorder) -> bool:
     "Wait until calls under way have shown what they cost; False if there is no budget for this one."
@@ -692,9 +707,22 @@ def run_async(
 
 def _run(work):
     try: import uvloop
-    except ImportError: return asyncio.run(work)
-    if sys.version_info < (3, 11): return asyncio.run(work)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner: return runner.run(work)
+    except ImportError: return asyncio.run(_until_terminated(work))
+    if sys.version_info < (3, 11): return asyncio.run(_until_terminated(work))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner: return runner.run(_until_terminated(work))
+
+async def _until_terminated(work):
+    "Make SIGTERM end the work as Ctrl-C does, where the program wants that."
+    if threading.current_thread() is not threading.main_thread() or not _wants_interrupt(): return await work
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    try: return await work
+    except asyncio.CancelledError: raise KeyboardInterrupt from None
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+def _wants_interrupt(): return signal.getsignal(signal.SIGTERM) is signal.default_int_handler
 
 # %% ../nbs/02_llm.ipynb #02000048
 def ask_each(
@@ -722,7 +750,7 @@ def ask_each(
     with progress(total=total, label=label or settings.name, unit='call') as bar:
         recorder = Recorder(settings, ledger, budget, Outbox(deliver), stage, run, bar)
         try: pay(requests, recorder, patience)
-        finally: recorder.flush()
+        finally: recorder.close()
     return budget
 
 def ready_settings(model: str | ModelSettings, concurrency: int | None) -> ModelSettings:
@@ -741,7 +769,9 @@ def pay(
     "Have the provider answer what the ledger does not know."
     from kyara.providers import BATCHES, CALLS
     settings, queue = recorder.settings, Queue(requests, recorder)
-    if settings.provider in BATCHES: return pay_in_batches(queue, recorder, BATCHES[settings.provider])
+    if settings.provider in BATCHES:
+        size = 100_000 if settings.provider == 'gemini-batch' else 4096 # A job at a service may take a day
+        return pay_in_batches(queue, recorder, BATCHES[settings.provider], size)
     if settings.provider not in CALLS:
         raise UserError(f'[model.{settings.name}] has the provider {settings.provider!r}; '
                         f'known are {", ".join([*CALLS, *BATCHES])}')
@@ -753,7 +783,7 @@ def pay(
         async with CALLS[settings.provider](settings) as send: await send_all(queue, throttle, recorder, send)
     run_async(work())
 
-def pay_in_batches(queue: Queue, recorder: Recorder, answer: Callable, size: int = 4096):
+def pay_in_batches(queue: Queue, recorder: Recorder, answer: Callable, size: int):
     "Have a provider answer that takes many requests at once."
     for slab in batched(queue.fresh, size):
         waiting = list(slab)
@@ -884,14 +914,7 @@ class Client:
 
     def ask(self, prompts: list, label: str = '', **sampling) -> list[Reply]:
         "Ask prompts, each a text (one user turn) or a message list; `sampling` are fields of `Request`."
-        return self.ask_requests([self.request(prompt, **sampling) for prompt in prompts], label)
-
-    def request(self, prompt: str | list, **sampling) -> Request:
-        "Make a prompt a request; where a model takes no seed, another seed is another sample."
-        from kyara.providers import UNSUPPORTED
-        request = Request(as_messages(prompt), **sampling)
-        if request.seed is None or 'seed' not in UNSUPPORTED.get(self.settings.provider, {}): return request
-        return replace(request, seed=None, sample=request.sample + 1_000_000 * request.seed)
+        return self.ask_requests([Request(as_messages(prompt), **sampling) for prompt in prompts], label)
 
     def ask_requests(self, requests: list[Request], label: str = '') -> list[Reply]:
         "Ask requests that differ in more than their messages."
@@ -911,12 +934,12 @@ class Client:
                  **sampling) -> list[Parsed]:
         "Ask for JSON objects, see `ask_json`; in `json_mode` the server enforces the schema."
         if json_mode: sampling['schema'] = schema if isinstance(schema, dict) else schema.model_json_schema()
-        return ask_json(self, [self.request(prompt, **sampling) for prompt in prompts], schema, heal)
+        return ask_json(self, [Request(as_messages(prompt), **sampling) for prompt in prompts], schema, heal)
 
     def ask_until(self, prompts: Iterable, accept: Callable[[Reply], bool], target: int, label: str = '',
                   **sampling) -> 'Collected':
         "Ask prompts until `target` replies pass, see `ask_until`."
-        return ask_until(self, (self.request(prompt, **sampling) for prompt in prompts), accept, target, label)
+        return ask_until(self, (Request(as_messages(prompt), **sampling) for prompt in prompts), accept, target, label)
 
 # %% ../nbs/02_llm.ipynb #02000062
 def open_client(

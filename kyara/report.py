@@ -399,7 +399,7 @@ def find_calls(
     from kyara.ledger import Ledger
     found = {}
     for place in ledgers:
-        with Ledger(place) as ledger: found.update(ledger.get_many(call_ids))
+        with Ledger(place, read_only=True) as ledger: found.update(ledger.get_many(call_ids))
     return found
 
 # %% ../nbs/08_report.ipynb #08000038

@@ -780,15 +780,19 @@ def command_score(arguments) -> int:
 
 def command_ledger(arguments) -> int:
     "Show, export or verify a ledger."
-    from kyara.ledger import Ledger
-    with reading(arguments.path) as path, Ledger(path) as ledger:
-        if arguments.action == 'stats': print(text_table(ledger.stats()) or 'no calls')
-        if arguments.action == 'export':
+    from kyara.ledger import Ledger, rescue, verify_ledger
+    with reading(arguments.path) as path:
+        if arguments.action == 'verify':
+            print('\n'.join(findings := verify_ledger(path)) or 'whole')
+            if not findings: return 0
+            out, count = rescue(path)
+            print(f'{count} whole entries: {out}; use this file instead')
+            return 3
+        with Ledger(path, read_only=True) as ledger:
+            if arguments.action == 'stats': return print(text_table(ledger.stats()) or 'no calls') or 0
             out = arguments.out or str(Path(arguments.path).with_suffix('.jsonl'))
             print(f'{ledger.export(writable(out))} calls: {out}')
-        findings = ledger.verify() if arguments.action == 'verify' else []
-        if arguments.action == 'verify': print('\n'.join(findings) or 'whole')
-    return 3 if findings else 0
+    return 0
 
 # %% ../nbs/20_run.ipynb #20000065
 EPILOG = '''example:
@@ -860,7 +864,7 @@ def _add_model_commands(commands):
     ask.add_argument('--max-tokens', type=positive, metavar='N', help='stop when so many tokens are read and written')
     ask.add_argument('--patience', type=amount, metavar='SECONDS', help='how long to wait for a dead service (600)')
     ask.add_argument('--schema', metavar='FILE', help='a JSON schema that every reply has to fit')
-    ask.add_argument('--accept', action='append', choices=['length', 'safety', 'empty', 'rerouted'],
+    ask.add_argument('--accept', action='append', choices=['length', 'safety', 'empty', 'rerouted', 'other'],
                      help='take such replies as answers, too')
 
 def positive(text: str) -> int:

@@ -68,7 +68,9 @@ def to_traditional(
 
 # %% ../nbs/04_zh.ipynb #04000011
 OPENING, CLOSING = '「『（《〈“(', '」』）》〉”)'
-BOUNDARY = re.compile(r'[。！？!?｡]+|…{2,}|(?<=[\w)\]"”’])\.(?=["”’)]*\s|$)|\n|[「『（《〈“(」』）》〉”)]')
+BOUNDARY = re.compile( # begins with a set, which `re` looks for six times as fast as for alternatives
+    rf'[。！？!?｡….\n{OPENING}{CLOSING}](?:(?<=[。！？!?｡])[。！？!?｡]*|(?<=…)…+|(?<=[\n{OPENING}{CLOSING}])'
+    r'|(?<=[\w)\]"”’]\.)(?=["”’)]*\s|$))')
 ABBREVIATION = re.compile(r'(?:^|[^A-Za-z])'
                           r'(?:[A-Za-z]|Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|No|Fig|Inc|Ltd|Co|al|cf|e\.g|i\.e)$')
 AFTER_END = re.compile(r'[」』）》〉”’"\')*_]*(?:[ \t]*【[A-Za-z0-9_\-, ]{1,60}】)*[ \t]*')

@@ -136,6 +136,7 @@ def serve_grpc(fake):
     import grpc
     from google.ai.generativelanguage import GenerateContentRequest, GenerateContentResponse
     from google.protobuf import any_pb2, duration_pb2, json_format
+    from google.protobuf.unknown_fields import UnknownFieldSet
     from google.rpc import code_pb2, error_details_pb2, status_pb2
     from grpc_status import rpc_status
 
@@ -145,6 +146,8 @@ def serve_grpc(fake):
         model = request.model.removeprefix('models/')
         if model == 'gone': context.abort(grpc.StatusCode.NOT_FOUND, 'models/gone is not found')
         body = json_format.MessageToDict(GenerateContentRequest.pb(request))
+        unknown = UnknownFieldSet(GenerateContentRequest.pb(request).generation_config) # this library does not know seeds
+        body['generationConfig'] |= {{8: 'seed'}.get(one.field_number, 'unknown'): one.data for one in unknown}
         status, told = fake.generate(model, body)
         if status == 429:
             detail = any_pb2.Any()

@@ -108,7 +108,7 @@ MISTAKES = [ # Words, then what the line must say
     ([*OFFLINE, '--in', 'bare'], 'is no file'), ([*OFFLINE, '--in', 'fake.jsonl.gz'], 'cannot be read'),
     ([*OFFLINE, '--out', 'bare'], 'cannot be written'), ([*OFFLINE, '--out', ''], 'cannot be written'),
     ([*OFFLINE, '--out', '/proc/none/replies.jsonl'], 'cannot be written'),
-    ([*OFFLINE, '--ledger', 'bare'], 'is a folder'),
+    ([*OFFLINE, '--ledger', 'bare'], 'is not a file'),
     ([*OFFLINE, '--ledger', 'settings.ini'], 'not a database'),
     ([*OFFLINE, '--concurrency', '0'], 'no whole number from 1'),
     ([*OFFLINE, '--max-cost', '-1'], 'no number'), ([*OFFLINE, '--max-cost', 'nan'], 'no number'),

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from kyara.core import ModelSettings
 from kyara.ledger import Ledger
-from kyara.llm import Client, Request, ask
+from kyara.llm import Client
 
 KYARA = str(Path(sys.executable).with_name('kyara'))
 KEY = 'sk-planted-7d1f0c55aa09' # Found by no reader of anything we write
@@ -49,7 +49,7 @@ class Desk:
         return finish(self.start(*words, **more))
 
     def replies(self, out='out.jsonl'):
-        return [json.loads(line) for line in (self.folder / out).read_text(encoding='utf-8').splitlines()]
+        return [json.loads(line) for line in (self.folder / out).read_text(encoding='utf-8').split('\n') if line]
 
     def whole(self):
         "Tell whether the ledger is whole, as the command sees it."
@@ -337,11 +337,8 @@ def test_garbage_for_a_schema(tmp_path):
         assert good == [number % 5 != 0 for number in range(500)]
         assert all(one.problem == 'unparsable' and GARBAGE in one.reply.text for one in parsed[::5])
         assert {stats.calls[text] for text in texts[::5]} == {2} and {stats.calls[text] for text in texts[1::5]} == {1}
-        with Ledger(desk.ledger) as ledger: assert sum(GARBAGE in entry.raw or GARBAGE in json.loads(entry.raw)
-                                                       ['choices'][0]['message']['content'] for entry in ledger.entries()) == 200
-        server.reset(healthy=True)
-        healed = desk.client().ask_json([text + ' [[json]]' for text in texts[::5]], Answer)
-        assert len(healed) == 100
+        with Ledger(desk.ledger) as ledger: raw = [json.loads(entry.raw) for entry in ledger.entries()]
+        assert sum(GARBAGE in one['choices'][0]['message']['content'] for one in raw) == 200
 
 
 def test_garbage_is_asked_anew_on_a_healthy_server(tmp_path):
@@ -653,7 +650,9 @@ def test_key_is_nowhere_in_a_run(tmp_path):
 def write_stage(path):
     "Write the notebook of a stage that asks one question."
     import nbformat
-    parameters = "out_dir: str = '../runs/_notebook/ask'  # where\nledger: str = '../runs/_notebook/ask.sqlite'  # replies\nteacher: str = 'offline'  # who"
+    parameters = """out_dir: str = '../runs/_notebook/ask'  # where
+ledger: str = '../runs/_notebook/ask.sqlite'  # replies
+teacher: str = 'offline'  # who"""
     code = """from kyara.core import start_stage, finish_stage, write_text
 from kyara.llm import open_client
 folder = start_stage(out_dir)

@@ -102,14 +102,6 @@ def test_claims_survive_the_closing_of_another_ledger_object(tmp_path):
         assert say(other, 'claim 1') == 'True' and not ledger.claim(entry(1).call_id)
         other.communicate()
 
-def test_what_another_process_wrote_is_noticed(tmp_path):
-    with Ledger(tmp_path / 'ledger.sqlite') as ledger:
-        assert not ledger.changed()
-        finish(child('Ledger(sys.argv[2]).put_many([entry(1)])', tmp_path / 'ledger.sqlite'))
-        assert ledger.changed() and not ledger.changed()
-        ledger.put_many([entry(2)])
-        assert not ledger.changed()
-
 # Places that cannot be written
 
 FILL = '''
@@ -423,9 +415,9 @@ def test_lookups_use_the_index(tmp_path):
     with Ledger(tmp_path / 'ledger.sqlite') as ledger:
         ledger.put_many([entry(1)])
         plans = []
-        ledger._database.set_trace_callback(plans.append)
+        ledger._reader.set_trace_callback(plans.append)
         ledger.get_many([entry(1).call_id, entry(2).call_id], whole=False)
-        ledger._database.set_trace_callback(None)
+        ledger._reader.set_trace_callback(None)
         (*_, plan), = ledger._select(f'explain query plan {plans[0]}')
         assert plan == 'SEARCH calls USING INDEX sqlite_autoindex_calls_1 (call_id=?)', plan
 

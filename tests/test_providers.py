@@ -95,7 +95,9 @@ def test_newer_models_name_the_limit_otherwise_and_are_asked_twice_only_at_first
     (402, {}, Refused, 'money'),
     (429, {'error': {'code': 'insufficient_quota'}}, Refused, 'money'),
     (308, {}, Refused, 'moved to'),
-    (400, {'error': {'code': 'unsupported_value', 'message': "'temperature' does not support 0"}}, UserError, 'temperature'),
+    (400, {'error': {'code': 'unsupported_value', 'message': "Unsupported value: 'temperature' does not support 0 with this model."}}, UserError, 'temperature'),
+    (400, {'error': {'code': 'invalid_request_error', 'message': '`temperature` is deprecated for this model.'}}, UserError, 'deprecated'),
+    (400, {'error': {'message': 'This prompt of max_tokens is too long'}}, CallFailure, 'http 400'),
     (400, {'error': {'message': f'too long {SECRET}'}}, CallFailure, 'http 400'),
     (429, {'error': {'message': f'slow down {SECRET}'}}, CallFailure, 'http 429'),
     (500, b'<html>oops', CallFailure, 'http 500'),
@@ -188,7 +190,7 @@ def test_gemini_over_both_wires(start):
     endings = {mark: replies[mark].finish_reason for mark in marks[:7]}
     assert endings == {'玉山': 'stop', 'length': 'length', 'safety': 'safety', 'blocked': 'safety', 'empty': 'stop', 'rerouted': 'stop', 'odd': 'other'}
     assert replies['rerouted'].model_version == 'gemini-9-nano' and (replies['玉山'].input_tokens, replies['玉山'].output_tokens) == (2, 5)
-    assert replies['busy'].wait == 0.25 and replies['busy'].busy and replies['busy'].reason == 'http 429: quota', replies['busy']
+    assert replies['busy'].wait == 0.25 and replies['busy'].busy and replies['busy'].reason == 'http 429: quota (wait 0.25 s)', replies['busy']
     assert replies['bad'].attempts == 1 and KEY not in repr(replies['bad']) and '[key]' in replies['bad'].reason, replies['bad']
     assert replies['broken'].reason == 'http 500: oops' and replies['slow'].reason == 'no reply in 1 seconds', replies
     assert set(fake.keys) == {KEY}
@@ -204,6 +206,14 @@ def test_gemini_refusals(start, monkeypatch):
     assert 'a-key-of-somebody-else' not in fake.keys # the library would take it from the environment
     failure, = send(gemini_settings(url), Request(turns('x')))
     assert failure.reason.startswith('unreachable'), failure
+
+@pytest.mark.parametrize('start', [serve_rest, serve_grpc], ids=['rest', 'grpc'])
+def test_gemini_is_given_the_seed_that_its_library_does_not_know(start):
+    fake = Fake()
+    with start(fake) as url:
+        replies = send(gemini_settings(url), Request(turns('甲'), seed=0), Request(turns('乙'), seed=300, sample=2), Request(turns('丙')))
+    assert {call['contents'][0]['parts'][0]['text']: call['generationConfig'].get('seed') for call in fake.calls} == {'甲': 0, '乙': 302, '丙': None}
+    assert all(reply.finish_reason == 'stop' for reply in replies)
 
 def test_gemini_sends_everything_that_was_asked_for():
     from typing import Literal
@@ -485,7 +495,7 @@ def test_transformers_serve_answers_and_the_second_run_asks_nothing(tiny_server,
 # What cannot be asked
 
 @pytest.mark.parametrize('provider, more', [
-    ('openai', {'safety': 'none'}), ('gemini', {'seed': 0}), ('gemini', {'safety': 'lots'}), ('gemini', {'stop': tuple('甲乙丙丁戊己')}),
+    ('openai', {'safety': 'none'}), ('gemini', {'schema': {}}), ('gemini', {'safety': 'lots'}), ('gemini', {'stop': tuple('甲乙丙丁戊己')}),
     ('gemini-batch', {'safety': 'lots'}), ('gemini', {'messages': [{'role': 'system', 'content': 'x'}]}), ('gemini', {'messages': [*turns('x'), *turns('y')]}),
     ('gemini', {'messages': [{'role': 'tool', 'content': 'x'}]}), ('local', {'schema': {'type': 'object'}}), ('local', {'safety': 'few'}),
     ('offline', {'schema': {'type': 'object'}}), ('offline', {'safety': 'few'})], ids=str)
@@ -511,3 +521,12 @@ def test_every_model_of_the_settings_is_valid_and_priced(monkeypatch):
         assert settings.provider in CALLS | BATCHES and settings.weight >= 0, name
         if settings.provider not in ('local', 'offline') and settings.api_key_env: assert settings.price_output > 0, name
         assert (settings.api_key_env == '') == (settings.provider in ('local', 'offline') or 'localhost' in settings.base_url or '127.0.0.1' in settings.base_url), name
+
+def test_the_weights_of_the_pool_are_its_shares(monkeypatch):
+    from kyara.preference import draw_models
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    nine = ['gpt-4o', 'gpt-4', 'gpt-3.5', 'claude-3.5-sonnet', 'yi-large', 'mixtral-8x22b', 'gemini-1.5-flash', 'qwen2-72b', 'deepseek-v2']
+    weights = {name: model_settings(name).weight for name in nine}
+    firsts = [draw_models(nine, 4, str(number))[0] for number in range(150)]
+    strong = [name for name in nine if weights[name] == 2]
+    assert len(strong) == 3 and abs(sum(name in strong for name in firsts) / 150 - 6 / sum(weights.values())) < 0.17 # four deviations

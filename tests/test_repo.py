@@ -14,7 +14,7 @@ STAGES = [path for path in NOTEBOOKS if re.match(r'1[0-8]_', path.name)]
 STAGES = [path for path in STAGES if re.search(r'"## Run\b', path.read_text(encoding='utf-8'))]
 RECIPES = sorted(ROOT.glob('runs/*.yaml'))
 stem = lambda path: path.stem
-UPWARDS = {'02_llm': {'offline'}} # the one model that is code of ours is called like any other
+UPWARDS = {'02_llm': {'providers'}} # the engine finds adapters by name, and they are written in its words
 
 def cells(path):
     "List source and tags of code cells."
