@@ -318,6 +318,11 @@ class Ledger:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
+    @property
+    def temporary(self) -> bool:
+        "True if what is kept is gone with this object."
+        return self._folder is not None
+
     def close(self):
         "Close the file; closing twice is fine."
         with self._lock, self._reading:

@@ -612,8 +612,8 @@ def unanswered(
 
 def refuse_to_ask(request: Request, recorder: Recorder):
     "Stop if nothing but the ledger may answer, or if a reply could not be kept."
-    ledger = recorder.ledger
-    if replaying():
+    ledger, free = recorder.ledger, recorder.settings.provider in ('local', 'offline')
+    if replaying() and not (free and ledger.temporary): # Lessons in a stage's notebook ask these in passing
         raise UserError(f'KYARA_REPLAY is set and {ledger.path.name} lacks a reply of {recorder.settings.name} '
                         f'to {request.messages[-1]["content"][:40]!r}; unset it to ask the model')
     if ledger.read_only: raise UserError(f'the ledger {ledger.path} can only be read, so no reply could be kept; name another file')

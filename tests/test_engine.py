@@ -667,3 +667,15 @@ finish_stage(folder, 'kyara.llm', {'teacher': teacher}, [], ['reply.txt'], {'kep
 
 def found(text, folder):
     return [path for path in folder.rglob('*') if path.is_file() and text.encode() in path.read_bytes()]
+
+
+def test_one_changed_prompt_in_a_thousand_costs_one_call(tmp_path):
+    texts = questions(1000)
+    with serve() as server:
+        desk = Desk(tmp_path, server.url)
+        desk.write(texts)
+        assert desk.ask().returncode == 0
+        texts[500] = '改過的一題'
+        desk.write(texts)
+        assert desk.ask().returncode == 0 and answered(desk, texts)
+        assert server.stats().requests == 1001

@@ -1,5 +1,6 @@
 "The main job end to end, on text nobody here wrote."
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,10 @@ ROOT = Path(__file__).parent.parent
 DRCD = ROOT.parent / 'shared/data/drcd/DRCD_dev.json.gz'
 STAGES = ['index', 'math', 'synthesis', 'base', 'sft_base', 'curation', 'sft_refine', 'preference', 'dpo', 'evaluation']
 
-def kyara(*arguments):
+def kyara(*arguments, **environment):
     command = Path(sys.executable).with_name('kyara')
-    return subprocess.run([command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    return subprocess.run([command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=900,
+                          env={**os.environ, **environment})
 
 @pytest.fixture(scope='module')
 def run_dir():
@@ -68,3 +70,12 @@ def test_four_models_stand_side_by_side(run_dir):
 def test_the_report_is_one_page_without_a_network(run_dir):
     page = (run_dir / 'report.html').read_text(encoding='utf-8')
     assert 'src="data:image/png' in page and 'src="http' not in page and '<link' not in page
+
+def test_a_replay_gives_the_same_bytes(run_dir):
+    "From nothing but the ledger: no stage may ask a model anything it has not asked before."
+    outputs = lambda: {stage: read_manifest(run_dir / stage)['outputs'] for stage in STAGES}
+    before = outputs()
+    done = kyara('run', 'runs/drcd.yaml', '--fresh', KYARA_REPLAY='1')
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert outputs() == before
+    assert sum(read_manifest(run_dir / stage).get('cost', 0) for stage in STAGES) == 0
