@@ -27,10 +27,9 @@ def read_prompt(
     if row is None: return None, f'line {number} is not a JSON object'
     options = {key: value for key, value in row.items() if key != 'id'}
     for key, value in options.items():
-        test = FIELDS.get(key)
-        if not test: return None, f'line {number} has the unknown key {key}'
-        if not test(value) and key != 'messages':
-            return None, f'line {number}: {key} cannot be {json.dumps(value, ensure_ascii=False)}'
+        if key == 'messages': continue
+        if key not in FIELDS: return None, f'line {number} has the unknown key {key}'
+        if not FIELDS[key](value): return None, f'line {number}: {key} cannot be {json.dumps(value, ensure_ascii=False)}'
     if are_turns(options.get('messages')): return Request(**options), ''
     return None, f'line {number} has no messages with role and content'
 
@@ -44,8 +43,8 @@ def _whole(least): return lambda value: type(value) is int and value >= least
 def _number(value): return type(value) in (int, float) and value >= 0
 def _texts(value): return isinstance(value, list) and all(isinstance(text, str) and text for text in value)
 
-FIELDS = { # What each field of a request may hold
-    'messages': are_turns, 'temperature': _number, 'top_p': _number, 'max_tokens': _whole(1), 'sample': _whole(0),
+FIELDS = { # What each field of a request but its messages may hold
+    'temperature': _number, 'top_p': _number, 'max_tokens': _whole(1), 'sample': _whole(0),
     'stop': _texts, 'seed': lambda value: value is None or type(value) is int,
     'schema': lambda value: value is None or isinstance(value, dict),
     'safety': lambda value: value in ('', 'none', 'few', 'some', 'most')}

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'MAGIC', 'APPLICATION', 'VERSION', 'PAGE', 'STORED', 'SCHEMA', 'WHOLE', 'LIGHT', 'INSERT', 'INSERT_AT',
-           'INSERT_JOB', 'Entry', 'checksum', 'reply_sum', 'entry_row', 'row_entry', 'DamagedLedger', 'open_database',
-           'damaged', 'refuse_foreign', 'writable', 'Connection', 'is_open', 'Claims', 'open_claims', 'close_claims',
-           'Job', 'job_sum', 'Ledger', 'ledger_stats', 'export_ledger', 'verify_ledger', 'log_frames', 'check_log',
-           'Pages', 'leaf_rows', 'varint', 'row_payload', 'read_values', 'fitting_row', 'whole_rows', 'recover_ledger',
-           'rescue']
+           'INSERT_JOB', 'Entry', 'checksum', 'reply_sum', 'compact', 'entry_row', 'row_entry', 'DamagedLedger',
+           'open_database', 'damaged', 'refuse_foreign', 'writable', 'Connection', 'is_open', 'Claims', 'open_claims',
+           'close_claims', 'Job', 'job_sum', 'Ledger', 'ledger_stats', 'export_ledger', 'verify_ledger', 'log_frames',
+           'check_log', 'Pages', 'leaf_rows', 'varint', 'row_payload', 'read_values', 'fitting_row', 'whole_rows',
+           'recover_ledger', 'rescue']
 
 # %% ../nbs/01_ledger.ipynb #01000002
 import errno, gzip, itertools, json, mmap, os, sqlite3, struct, threading, time, zlib
@@ -21,6 +21,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 try: import fcntl
 except ImportError: fcntl = None # Windows: claims hold within one process
+
+import orjson
 
 from .core import UserError, batched, content_hash
 
@@ -63,14 +65,19 @@ def reply_sum(
 
 # %% ../nbs/01_ledger.ipynb #01000009
 _values = attrgetter(*COLUMNS)
-_encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(',', ':')).encode
+
+def compact(value: dict) -> str:
+    "Write JSON in one form."
+    try: return orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode()
+    except TypeError: # a lone surrogate, a number beyond 64 bits
+        return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(',', ':'))
 
 def entry_row(
     entry: Entry, # A paid call
 ) -> tuple: # Values of `COLUMNS` and the checksum
     "Make the row of an entry."
     values = list(_values(entry))
-    values[3] = _encode(entry.request)
+    values[3] = compact(entry.request)
     values[8:11] = int(values[8] or 0), int(values[9] or 0), float(values[10] or 0)
     values[12:14] = float(values[12] or 0), float(values[13] or 0)
     try: return (*values, checksum(values))
@@ -227,8 +234,8 @@ def _write_tables(connection):
 # %% ../nbs/01_ledger.ipynb #01000020
 class Claims:
     "Who is paying for which call right now, among threads and processes."
-    def __init__(self, path: Path): # The file of locks
-        self.path, self.users, self._lock, self._held, self._file = path, 0, threading.Lock(), set(), None
+    def __init__(self, path: Path): # The folder of files that are locked
+        self.path, self.users, self._lock, self._held, self._files = path, 0, threading.Lock(), set(), {}
 
     def take(self, call_id: str) -> bool:
         "Claim a call; False if another thread or process has it."
@@ -242,28 +249,35 @@ class Claims:
         with self._lock:
             for call_id in self._held.intersection(call_ids):
                 self._held.discard(call_id)
-                if self._file: fcntl.lockf(self._file, fcntl.LOCK_UN, 1, int(call_id[:15], 16))
+                if self._files: fcntl.lockf(self._file(call_id), fcntl.LOCK_UN, 1, int(call_id[1:15], 16))
 
     def close(self):
         "Drop every claim of this process."
         with self._lock:
-            if self._file: self._file.close()
-            self._held, self._file = set(), None
+            for file in self._files.values(): file.close()
+            self._held, self._files = set(), {}
 
     def _lock_byte(self, call_id):
         if fcntl is None: return True
-        try: self._file = self._file or open(self.path, 'ab')
+        try: file = self._file(call_id)
         except OSError: return True # where no file can be written, nobody keeps a reply either
-        try: fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(call_id[:15], 16))
+        try: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(call_id[1:15], 16))
         except OSError as error: return error.errno not in (errno.EACCES, errno.EAGAIN)
         return True
+
+    def _file(self, call_id):
+        "Open one of sixteen files: the kernel walks through all locks of a file, so each gets a share."
+        if not self._files:
+            self.path.mkdir(exist_ok=True)
+            self._files = {digit: open(self.path / digit, 'ab') for digit in '0123456789abcdef'}
+        return self._files[call_id[0]]
 
 _claims, _claims_lock = {}, threading.Lock() # by process and path: the kernel's locks belong to a process
 
 def open_claims(
     path: Path, # The ledger
 ) -> Claims: # The same object for every user in this process
-    "Share one file of locks per ledger in this process."
+    "Share one folder of locks per ledger in this process."
     place = path.with_name(path.name + '.claims').resolve()
     with _claims_lock:
         claims = _claims.setdefault((os.getpid(), place), Claims(place))
@@ -273,7 +287,7 @@ def open_claims(
 def close_claims(
     claims: Claims, # From `open_claims`
 ):
-    "Close the file of locks with its last user."
+    "Close the files of locks with their last user."
     with _claims_lock:
         claims.users -= 1
         if not claims.users:

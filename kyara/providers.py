@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['to_json', 'ENDINGS', 'BROKEN_OFF', 'FILTERED', 'CANNOT', 'SAFETY', 'HARMS', 'TOLD', 'KEPT', 'READ', 'NEEDLESS',
            'GEMINI_ENDINGS', 'ENDED', 'SETTLE', 'TROUBLES', 'CALLS', 'BATCHES', 'CHECKS', 'UNSUPPORTED', 'openai_body',
-           'strict_schema', 'read_openai', 'environment_proxy', 'is_loopback', 'openai_failure', 'cut_at_stop',
-           'open_openai', 'openai_address', 'OpenAIServer', 'gemini_parts', 'gemini_config', 'check_gemini',
-           'gemini_schema', 'read_gemini', 'import_genai', 'gemini_request', 'seed_field', 'gemini_client',
-           'ask_gemini', 'gemini_failure', 'lost_connection', 'Threads', 'open_gemini', 'late', 'batch_request',
-           'BatchService', 'http_errors', 'read_batch', 'job_state', 'BatchRun', 'answer_gemini_batch',
-           'answer_offline', 'affordable_batches', 'load_local', 'reuse_memory', 'SeededSampler', 'answer_local',
-           'chat_tokens', 'local_batch', 'local_config', 'ending_tokens', 'local_completion', 'check_request']
+           'json_bytes', 'read_json', 'strict_schema', 'read_openai', 'environment_proxy', 'is_loopback',
+           'openai_failure', 'cut_at_stop', 'open_openai', 'openai_address', 'OpenAIServer', 'gemini_parts',
+           'gemini_config', 'check_gemini', 'gemini_schema', 'read_gemini', 'import_genai', 'gemini_request',
+           'seed_field', 'gemini_client', 'ask_gemini', 'gemini_failure', 'lost_connection', 'Threads', 'open_gemini',
+           'late', 'batch_request', 'BatchService', 'http_errors', 'read_batch', 'job_state', 'BatchRun',
+           'answer_gemini_batch', 'answer_offline', 'affordable_batches', 'load_local', 'reuse_memory', 'SeededSampler',
+           'answer_local', 'chat_tokens', 'local_batch', 'local_config', 'ending_tokens', 'local_completion',
+           'check_request']
 
 # %% ../nbs/09_providers.ipynb #09000002
 import asyncio, functools, json, queue, re, threading, time
@@ -20,6 +21,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
+
+import orjson
 
 from .core import ModelSettings, UserError, content_hash
 from .ledger import Job
@@ -44,6 +47,16 @@ def openai_body(
     return body
 
 to_json = json.JSONEncoder(ensure_ascii=False, separators=(',', ':')).encode
+
+def json_bytes(value: dict) -> bytes:
+    "Write JSON for the wire; half a surrogate pair becomes a question mark."
+    try: return orjson.dumps(value)
+    except TypeError: return to_json(value).encode('utf-8', 'replace')
+
+def read_json(text: str):
+    "Read JSON; what the strict reader refuses, half a surrogate pair say, goes to the lenient one."
+    try: return orjson.loads(text)
+    except ValueError: return json.loads(text)
 
 # %% ../nbs/09_providers.ipynb #09000008
 def strict_schema(
@@ -85,7 +98,7 @@ def read_openai(
     "Read a reply in OpenAI's form; what a model thought before it answered stays in `raw`."
     whole = hide(raw.decode('utf-8', 'replace'), secret)
     try:
-        data = json.loads(whole)
+        data = read_json(whole)
         choice, usage = data['choices'][0], data.get('usage') or {}
         message, reason, text = choice['message'], choice.get('finish_reason'), ''
         text = _plain_text(message.get('content'))
@@ -202,7 +215,7 @@ class OpenAIServer:
 
     async def _post(self, request, limit):
         import aiohttp
-        body = to_json(openai_body(request, self.settings.model, limit)).encode('utf-8', 'replace')
+        body = json_bytes(openai_body(request, self.settings.model, limit))
         try:
             async with self.session.post(self.url, data=body, **self.how) as response:
                 return response, await response.read()

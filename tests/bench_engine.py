@@ -223,6 +223,7 @@ def find_contestants(options):
 
 def compare(contestants, case, repeat, folder):
     "Let the contestants take turns; print a table and give the verdicts."
+    import shutil
     from loopback import serve
     count, concurrency, latency = case
     texts = [f'第{number:05d}題：{SENTENCE}' for number in range(count)]
@@ -240,7 +241,8 @@ def compare(contestants, case, repeat, folder):
                 runs[name].append(measure(name, contestants[name], server, case, folder, ledger, texts))
                 if name == KYARA: replays.append(replay(server, folder, ledger, count))
                 for path in [f'{ledger}{end}' for end in ('', '-wal', '-shm', '.claims')]:
-                    if os.path.exists(path): os.remove(path)
+                    if os.path.isdir(path): shutil.rmtree(path)
+                    elif os.path.exists(path): os.remove(path)
     return show(case, repeat, runs, replays)
 
 

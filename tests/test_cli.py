@@ -282,5 +282,5 @@ def test_a_corpus_in_half_the_form_of_squad_is_refused(tmp_path, articles):
     from kyara.core import UserError
     from kyara.index import build_index
     write(tmp_path, 'squad.json', {'data': articles})
-    with pytest.raises(UserError, match='squad.json: an article is not as SQuAD has it'):
+    with pytest.raises(UserError, match='squad.json: no document with a text; first problem: unknown_format'):
         build_index([f'{tmp_path}/squad.json'], tmp_path / 'index')
