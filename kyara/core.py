@@ -8,7 +8,7 @@ __all__ = ['META', 'ROW_KINDS', 'MANIFEST_FORMAT', 'MANIFEST_KEYS', 'SERVICES', 
            'parse_object', 'read_rows', 'without_nulls', 'sample_path', 'resolve_path', 'file_hash', 'fingerprint',
            'read_manifest', 'code_version', 'imported_modules', 'start_stage', 'finish_stage', 'write_text',
            'ModelSettings', 'settings_path', 'read_settings', 'model_settings', 'parse_model', 'service_settings',
-           'find_row', 'lineage', 'progress', 'in_jupyter']
+           'find_row', 'lineage', 'progress', 'Unwatched', 'in_jupyter']
 
 # %% ../nbs/00_core.ipynb #00000002
 import ast, configparser, gzip, hashlib, importlib.util, json, os, shutil, sys
@@ -441,9 +441,20 @@ def progress(
     unit: str = 'it', # Of the rate
 ):
     "Show how far a loop has come, where somebody is watching."
+    if os.environ.get('KYARA_PROGRESS', '1') == '0' or not (sys.stderr.isatty() or in_jupyter()): return Unwatched(items)
     from tqdm.auto import tqdm
-    watched = os.environ.get('KYARA_PROGRESS', '1') != '0' and (sys.stderr.isatty() or in_jupyter())
-    return tqdm(items, total=total, desc=label, unit=unit, disable=not watched, leave=False)
+    return tqdm(items, total=total, desc=label, unit=unit, leave=False)
+
+class Unwatched:
+    "A bar that nobody sees; it has what is used of tqdm's and costs nothing."
+    n, disable = 0, True
+    def __init__(self, items: Iterable | None): self.items = items
+    def __iter__(self): return iter(self.items)
+    def __enter__(self): return self
+    def __exit__(self, *_): pass
+    def update(self, count: int = 1): self.n += count
+    def set_postfix_str(self, text: str, refresh: bool = True): pass
+    def close(self): pass
 
 def in_jupyter() -> bool: # True in a kernel of JupyterLab or papermill
     "Tell whether a Jupyter kernel runs this code."
