@@ -29,7 +29,8 @@ def read_prompt(
     for key, value in options.items():
         if key == 'messages': continue
         if key not in FIELDS: return None, f'line {number} has the unknown key {key}'
-        if not FIELDS[key](value): return None, f'line {number}: {key} cannot be {json.dumps(value, ensure_ascii=False)}'
+        if not FIELDS[key](value):
+            return None, f'line {number}: {key} cannot be {json.dumps(value, ensure_ascii=False)}'
     if are_turns(options.get('messages')): return Request(**options), ''
     return None, f'line {number} has no messages with role and content'
 
@@ -127,7 +128,8 @@ def answer_file(
     schema: dict | None = None, # JSON schema that every reply has to fit
 ) -> tuple[int, int]: # Prompts that were answered, and that failed for good
     "Ask a model every prompt of a file."
-    with open(prompts, 'rb') as lines: total = sum(chunk.count(b'\n') for chunk in iter(lambda: lines.read(1 << 20), b''))
+    with open(prompts, 'rb') as lines:
+        total = sum(block.count(b'\n') for block in iter(lambda: lines.read(1 << 20), b''))
     with whole_file(out) as file:
         replies = ReplyLines(file, accept)
         requests = replies.requests(prompts)

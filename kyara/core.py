@@ -441,7 +441,8 @@ def progress(
     unit: str = 'it', # Of the rate
 ):
     "Show how far a loop has come, where somebody is watching."
-    if os.environ.get('KYARA_PROGRESS', '1') == '0' or not (sys.stderr.isatty() or in_jupyter()): return Unwatched(items)
+    hidden = os.environ.get('KYARA_PROGRESS', '1') == '0'
+    if hidden or not (sys.stderr.isatty() or in_jupyter()): return Unwatched(items)
     from tqdm.auto import tqdm
     return tqdm(items, total=total, desc=label, unit=unit, leave=False)
 

@@ -616,7 +616,8 @@ def refuse_to_ask(request: Request, recorder: Recorder):
     if replaying() and not (free and ledger.temporary): # Lessons in a stage's notebook ask these in passing
         raise UserError(f'KYARA_REPLAY is set and {ledger.path.name} lacks a reply of {recorder.settings.name} '
                         f'to {request.messages[-1]["content"][:40]!r}; unset it to ask the model')
-    if ledger.read_only: raise UserError(f'the ledger {ledger.path} can only be read, so no reply could be kept; name another file')
+    if ledger.read_only:
+        raise UserError(f'the ledger {ledger.path} can only be read, so no reply could be kept; name another file')
 
 def replaying() -> bool: # True if `KYARA_REPLAY` is set
     "Tell whether only the ledger may answer."
