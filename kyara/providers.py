@@ -6,16 +6,16 @@
 __all__ = ['to_json', 'ENDINGS', 'BROKEN_OFF', 'FILTERED', 'CANNOT', 'SAFETY', 'HARMS', 'TOLD', 'KEPT', 'READ', 'NEEDLESS',
            'GEMINI_ENDINGS', 'ENDED', 'SETTLE', 'TROUBLES', 'CALLS', 'BATCHES', 'CHECKS', 'UNSUPPORTED', 'openai_body',
            'json_bytes', 'read_json', 'strict_schema', 'read_openai', 'environment_proxy', 'is_loopback',
-           'openai_failure', 'cut_at_stop', 'open_openai', 'openai_address', 'OpenAIServer', 'gemini_parts',
-           'gemini_config', 'check_gemini', 'gemini_schema', 'read_gemini', 'import_genai', 'gemini_request',
-           'seed_field', 'gemini_client', 'ask_gemini', 'gemini_failure', 'lost_connection', 'Threads', 'open_gemini',
-           'late', 'batch_request', 'BatchService', 'http_errors', 'read_batch', 'job_state', 'BatchRun',
-           'answer_gemini_batch', 'answer_offline', 'affordable_batches', 'load_local', 'reuse_memory', 'SeededSampler',
-           'answer_local', 'chat_tokens', 'local_batch', 'local_config', 'ending_tokens', 'local_completion',
-           'check_request']
+           'openai_failure', 'cut_at_stop', 'open_openai', 'openai_address', 'Deadlines', 'OpenAIServer',
+           'gemini_parts', 'gemini_config', 'check_gemini', 'gemini_schema', 'read_gemini', 'import_genai',
+           'gemini_request', 'seed_field', 'gemini_client', 'ask_gemini', 'gemini_failure', 'lost_connection',
+           'Threads', 'open_gemini', 'late', 'batch_request', 'BatchService', 'http_errors', 'read_batch', 'job_state',
+           'BatchRun', 'answer_gemini_batch', 'answer_offline', 'affordable_batches', 'load_local', 'reuse_memory',
+           'SeededSampler', 'answer_local', 'chat_tokens', 'local_batch', 'local_config', 'ending_tokens',
+           'local_completion', 'check_request']
 
 # %% ../nbs/09_providers.ipynb #09000002
-import asyncio, functools, json, queue, re, threading, time
+import asyncio, functools, itertools, json, queue, re, threading, time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -161,7 +161,6 @@ def openai_failure(
         raise Refused(f'{who} has moved to {where} ({status}); check base_url')
     raise status_failure(status, text, retry_after(headers.get('Retry-After')), settings)
 
-# %% ../nbs/09_providers.ipynb #09000017
 def cut_at_stop(
     text: str, # A reply
     stop: tuple, # Texts that end it
@@ -169,7 +168,7 @@ def cut_at_stop(
     "Cut a reply where it should have stopped."
     return text[:min((text.find(mark) for mark in stop if mark in text), default=len(text))]
 
-# %% ../nbs/09_providers.ipynb #09000019
+# %% ../nbs/09_providers.ipynb #09000018
 @asynccontextmanager
 async def open_openai(
     settings: ModelSettings, # `base_url` ends in /v1
@@ -179,10 +178,13 @@ async def open_openai(
     key, url = settings.api_key(), openai_address(settings)
     headers = {'Content-Type': 'application/json', **({'Authorization': f'Bearer {key}'} if key else {})}
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60, ttl_dns_cache=300)
-    timeout = aiohttp.ClientTimeout(total=settings.timeout)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=min(30, settings.timeout))
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers,
                                      cookie_jar=aiohttp.DummyCookieJar()) as session:
-        yield OpenAIServer(session, settings, key, url)
+        server = OpenAIServer(session, settings, key, url)
+        watch = asyncio.create_task(server.deadlines.watch())
+        try: yield server
+        finally: watch.cancel()
 
 def openai_address(settings: ModelSettings) -> str:
     "Give the address to post to."
@@ -192,11 +194,38 @@ def openai_address(settings: ModelSettings) -> str:
     raise UserError(f'model {settings.name}: base_url {url!r} is no address; it looks like http://host:port/v1')
 
 # %% ../nbs/09_providers.ipynb #09000020
+class Deadlines:
+    "Ends calls that take too long, with `TimeoutError`; enter it around each."
+    def __init__(self, seconds: float): # A call may take
+        self.seconds, self.running, self.late = seconds, {}, set() # Tasks and when they have to be done; those ended
+
+    async def watch(self):
+        "Look at the oldest calls, again and again."
+        while True:
+            await asyncio.sleep(min(self.seconds / 10, 0.25))
+            now = time.monotonic()
+            for task in list(itertools.takewhile(lambda task: self.running[task] <= now, self.running)):
+                del self.running[task]
+                self.late.add(task)
+                task.cancel()
+
+    def __enter__(self):
+        self.running[asyncio.current_task()] = time.monotonic() + self.seconds
+
+    def __exit__(self, kind, error, trace):
+        task = asyncio.current_task()
+        self.running.pop(task, None)
+        if task not in self.late: return
+        self.late.discard(task)
+        # Somebody else may have ended the task meanwhile; Python 3.10 cannot tell
+        if kind is asyncio.CancelledError and not getattr(task, 'uncancel', int)(): raise asyncio.TimeoutError from None
+
+# %% ../nbs/09_providers.ipynb #09000022
 class OpenAIServer:
     "Sends requests to one server, as its owner wants them."
     def __init__(self, session, settings: ModelSettings, key: str, url: str):
         self.session, self.settings, self.key = session, settings, key
-        self.url, self.limit = url, 'max_tokens'
+        self.url, self.limit, self.deadlines = url, 'max_tokens', Deadlines(settings.timeout)
         proxy = environment_proxy(url, settings.name)
         self.how = {'allow_redirects': False, **({'proxy': proxy} if proxy else {})}
 
@@ -217,8 +246,9 @@ class OpenAIServer:
         import aiohttp
         body = json_bytes(openai_body(request, self.settings.model, limit))
         try:
-            async with self.session.post(self.url, data=body, **self.how) as response:
-                return response, await response.read()
+            with self.deadlines:
+                async with self.session.post(self.url, data=body, **self.how) as response:
+                    return response, await response.read()
         except asyncio.TimeoutError:
             raise CallFailure(f'no reply in {self.settings.timeout:g} seconds', attempts=4) from None
         except aiohttp.ClientConnectorError as error:
@@ -227,7 +257,7 @@ class OpenAIServer:
             said = hide(str(error) or type(error).__name__, self.key)
             raise CallFailure(f'connection lost: {said}') from None
 
-# %% ../nbs/09_providers.ipynb #09000027
+# %% ../nbs/09_providers.ipynb #09000029
 SAFETY = {'': 'BLOCK_NONE', 'none': 'BLOCK_NONE', 'few': 'BLOCK_ONLY_HIGH', 'some': 'BLOCK_MEDIUM_AND_ABOVE',
           'most': 'BLOCK_LOW_AND_ABOVE'}
 HARMS = ['HARM_CATEGORY_HARASSMENT', 'HARM_CATEGORY_HATE_SPEECH', 'HARM_CATEGORY_SEXUALLY_EXPLICIT',
@@ -265,7 +295,7 @@ def check_gemini(request: Request, settings: ModelSettings):
     if len(request.stop) > 5: raise UserError(f'Gemini stops at five texts at most, not at {len(request.stop)}')
     if request.schema is not None and settings.provider == 'gemini': gemini_schema(request.schema)
 
-# %% ../nbs/09_providers.ipynb #09000030
+# %% ../nbs/09_providers.ipynb #09000032
 def gemini_schema(
     schema: dict, # As pydantic writes it
 ) -> dict: # As google-generativeai takes it
@@ -318,7 +348,7 @@ def _resolve(schema, definitions, inside):
     if 'const' in schema: schema['enum'] = [schema.pop('const')]
     return schema, inside
 
-# %% ../nbs/09_providers.ipynb #09000033
+# %% ../nbs/09_providers.ipynb #09000034
 GEMINI_ENDINGS = {'STOP': 'stop', 'MAX_TOKENS': 'length', **dict.fromkeys(
     ('SAFETY', 'RECITATION', 'BLOCKLIST', 'PROHIBITED_CONTENT', 'SPII', 'IMAGE_SAFETY'), 'safety')}
 
@@ -339,7 +369,7 @@ def read_gemini(
     wrote, version = max(wrote, total - read), data.get('model_version') or ''
     return Completion(hide(text, secret), ending, version, read, wrote, raw)
 
-# %% ../nbs/09_providers.ipynb #09000036
+# %% ../nbs/09_providers.ipynb #09000037
 @functools.cache
 def import_genai():
     "Import google-generativeai without its warning that it has no support any more."
@@ -371,7 +401,7 @@ def seed_field(seed: int) -> bytes:
     while seed > 127: coded, seed = coded + bytes([seed & 127 | 128]), seed >> 7
     return bytes([*coded, seed])
 
-# %% ../nbs/09_providers.ipynb #09000037
+# %% ../nbs/09_providers.ipynb #09000038
 def gemini_client(
     settings: ModelSettings, # `base_url` tells REST from gRPC
     key: str, # '' for none
@@ -411,7 +441,7 @@ def _grpc_transport(url):
     else: channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(), limits)
     return GenerativeServiceGrpcTransport(channel=channel)
 
-# %% ../nbs/09_providers.ipynb #09000038
+# %% ../nbs/09_providers.ipynb #09000039
 def ask_gemini(
     client, # From `gemini_client`
     request: Request, # What is asked
@@ -434,7 +464,7 @@ def ask_gemini(
         raise CallFailure(f'malformed reply: {hide(str(error), key)[:100]}') from None
     return read_gemini(type(reply).to_dict(reply, use_integers_for_enums=False), key)
 
-# %% ../nbs/09_providers.ipynb #09000039
+# %% ../nbs/09_providers.ipynb #09000040
 def gemini_failure(
     error, # GoogleAPICallError, from REST or gRPC
     settings: ModelSettings, # Who was asked
@@ -466,7 +496,7 @@ def lost_connection(error, key: str) -> CallFailure:
     if isinstance(reason, NewConnectionError): return CallFailure(f'unreachable: {said}', attempts=4)
     return CallFailure(f'connection lost: {said}', attempts=5)
 
-# %% ../nbs/09_providers.ipynb #09000041
+# %% ../nbs/09_providers.ipynb #09000042
 class Threads:
     "Runs calls in daemon threads: unlike a pool's, they do not keep an interrupted program from ending."
     def __init__(self, most: int, work): # So many at once; a function of one argument
@@ -493,7 +523,7 @@ class Threads:
         "Let the threads end, each after its call."
         for _ in range(self.started): self.jobs.put(None)
 
-# %% ../nbs/09_providers.ipynb #09000042
+# %% ../nbs/09_providers.ipynb #09000043
 @asynccontextmanager
 async def open_gemini(
     settings: ModelSettings, # `base_url`, if any: http://... for REST, grpc://host:port for gRPC
@@ -514,7 +544,7 @@ def late(settings: ModelSettings) -> CallFailure:
     "Name the failure of a service that takes too long."
     return CallFailure(f'no reply in {settings.timeout:g} seconds', attempts=4)
 
-# %% ../nbs/09_providers.ipynb #09000046
+# %% ../nbs/09_providers.ipynb #09000047
 def batch_request(
     call_id: str, # Comes back with the reply
     request: Request, # What is asked
@@ -528,7 +558,7 @@ def batch_request(
     if request.schema is not None: config['response_json_schema'] = request.schema
     return {'contents': contents, 'config': config, 'metadata': {'key': call_id}}
 
-# %% ../nbs/09_providers.ipynb #09000048
+# %% ../nbs/09_providers.ipynb #09000049
 class BatchService:
     "Google's batch service, with its failures in our words."
     def __init__(self, settings: ModelSettings):
@@ -575,7 +605,7 @@ def http_errors() -> tuple:
     import sys
     return tuple(sys.modules[name].HTTPError for name in ('httpx', 'httpx2') if name in sys.modules)
 
-# %% ../nbs/09_providers.ipynb #09000049
+# %% ../nbs/09_providers.ipynb #09000050
 def read_batch(
     job, # As the service gives it, ended; None if it is there no more
     call_ids: list[str], # In the order they were sent
@@ -602,7 +632,7 @@ def job_state(job) -> str: # 'pending', 'running', 'succeeded', 'failed', 'cance
     if job is None: return 'gone'
     return job.state.name.removeprefix('JOB_STATE_').lower() if job.state else 'unknown'
 
-# %% ../nbs/09_providers.ipynb #09000051
+# %% ../nbs/09_providers.ipynb #09000052
 ENDED = ('succeeded', 'partially_succeeded', 'failed', 'cancelled', 'expired', 'gone')
 SETTLE = 60.0 # Seconds until the service surely shows a job that was sent
 TROUBLES = 12 # In a row, until the service counts as dead
@@ -767,7 +797,7 @@ def answer_gemini_batch(
     "Answer by batch jobs, picking up those that an earlier run has sent."
     if requests: BatchRun(BatchService(settings), requests, recorder).run()
 
-# %% ../nbs/09_providers.ipynb #09000055
+# %% ../nbs/09_providers.ipynb #09000056
 def answer_offline(
     requests: dict[str, Request], # By call id
     settings: ModelSettings, # `model` is 'careful', 'brief' or 'careless'
@@ -786,7 +816,7 @@ def _offline_completion(request, settings, reply):
     asked = sum(len(message['content']) for message in request.messages)
     return Completion(text, ending, settings.model, asked, len(text))
 
-# %% ../nbs/09_providers.ipynb #09000056
+# %% ../nbs/09_providers.ipynb #09000057
 def affordable_batches(
     calls: Iterable[tuple], # Each begins with its call id
     size: int, # Calls of a batch
@@ -804,7 +834,7 @@ def affordable_batches(
         recorder.under_way -= len(batch)
     for call_id, *_ in calls: recorder.fail(call_id, recorder.over_budget())
 
-# %% ../nbs/09_providers.ipynb #09000059
+# %% ../nbs/09_providers.ipynb #09000060
 @functools.lru_cache(maxsize=2)
 def load_local(
     model: str, # A folder or a hub name
@@ -839,7 +869,7 @@ def reuse_memory():
     libc.mallopt(mmap_max, 0)
     libc.mallopt(trim_threshold, 2**31 - 1)
 
-# %% ../nbs/09_providers.ipynb #09000060
+# %% ../nbs/09_providers.ipynb #09000061
 class SeededSampler:
     "Makes greedy decoding draw from the distribution instead (Gumbel-max), each row with its own generator."
     def __init__(self, call_ids: list[str], temperature: float, top_p: float):
@@ -858,7 +888,7 @@ class SeededSampler:
         waits = [torch.empty(size).exponential_(generator=generator) for generator in self.generators]
         return scores - torch.stack(waits).to(scores.device).log()
 
-# %% ../nbs/09_providers.ipynb #09000061
+# %% ../nbs/09_providers.ipynb #09000062
 def answer_local(
     requests: dict[str, Request], # By call id
     settings: ModelSettings, # `model` is a folder or hub name, `concurrency` the size of a batch
@@ -888,7 +918,7 @@ def chat_tokens(tokenizer, messages: list[dict], name: str) -> list[int]:
         raise UserError(f'model {name}: its chat template refuses the messages: {error}') from None
     return tokenizer(text, add_special_tokens=False)['input_ids']
 
-# %% ../nbs/09_providers.ipynb #09000062
+# %% ../nbs/09_providers.ipynb #09000063
 def local_batch(
     model, # A transformers model
     tokenizer, # Its tokenizer
@@ -924,7 +954,7 @@ def ending_tokens(model, tokenizer) -> list[int]:
     ends = ends if isinstance(ends, list) else [ends]
     return sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
 
-# %% ../nbs/09_providers.ipynb #09000063
+# %% ../nbs/09_providers.ipynb #09000064
 def local_completion(
     tokenizer, # The model's tokenizer
     tokens: list[int], # What was generated, with padding after the end
@@ -940,7 +970,7 @@ def local_completion(
     ending = 'stop' if length < len(tokens) or text != whole else 'length'
     return Completion(text, ending, '', input_tokens, length, '', latency)
 
-# %% ../nbs/09_providers.ipynb #09000067
+# %% ../nbs/09_providers.ipynb #09000068
 CALLS = {'openai': open_openai, 'gemini': open_gemini} # One call at a time, many under way
 BATCHES = {'offline': answer_offline, 'local': answer_local, 'gemini-batch': answer_gemini_batch} # Many at once
 CHECKS = {'gemini': check_gemini, 'gemini-batch': check_gemini} # What takes more than a look at one field
