@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import UserError, drop
+from .core import UserError, drop, usable_processors
 
 # %% ../nbs/10_convert.ipynb #10000004
 def first_line(
@@ -351,8 +351,7 @@ class Pending:
 class Workers:
     "As many workers as there are processors, started when there is work; answers come in the order of the records."
     def __init__(self, seconds: float = SECONDS, processes: int = 0):
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-        self.seconds, self.processes = seconds, processes or min(8, usable)
+        self.seconds, self.processes = seconds, processes or min(8, usable_processors())
         self.idle, self.started, self.waiting = [], [], deque()
 
     def submit(self, job: Pending):

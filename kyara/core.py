@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['META', 'ROW_KINDS', 'MANIFEST_FORMAT', 'MANIFEST_KEYS', 'SERVICES', 'UserError', 'content_hash', 'row_schema',
-           'dialogue', 'pack_meta', 'details', 'drop', 'write_rows', 'write_shard', 'batched', 'read_jsonl',
-           'parse_object', 'read_rows', 'without_nulls', 'sample_path', 'resolve_path', 'file_hash', 'fingerprint',
-           'read_manifest', 'code_version', 'imported_modules', 'start_stage', 'finish_stage', 'write_text',
-           'ModelSettings', 'settings_path', 'read_settings', 'model_settings', 'parse_model', 'service_settings',
-           'find_row', 'lineage', 'progress', 'Unwatched', 'in_jupyter']
+           'dialogue', 'pack_meta', 'details', 'drop', 'write_rows', 'write_shard', 'batched', 'usable_processors',
+           'read_jsonl', 'parse_object', 'read_rows', 'without_nulls', 'sample_path', 'resolve_path', 'file_hash',
+           'fingerprint', 'read_manifest', 'code_version', 'imported_modules', 'start_stage', 'finish_stage',
+           'write_text', 'ModelSettings', 'settings_path', 'read_settings', 'model_settings', 'parse_model',
+           'service_settings', 'find_row', 'lineage', 'progress', 'Unwatched', 'in_jupyter']
 
 # %% ../nbs/00_core.ipynb #00000002
 import ast, configparser, gzip, hashlib, importlib.util, json, os, shutil, sys
@@ -149,6 +149,10 @@ def batched(
             yield batch
             batch = []
     if batch: yield batch
+
+def usable_processors() -> int: # At least 1
+    "Count the processors that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 # %% ../nbs/00_core.ipynb #00000018
 def read_jsonl(

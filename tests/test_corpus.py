@@ -1,31 +1,21 @@
 "What the corpus notebooks cannot say about themselves: every reader, files that are broken or hostile, hard texts."
 import bz2, gzip, hashlib, json, os, random, re, socket, subprocess, sys, time, tracemalloc, zipfile
-from pathlib import Path
 from xml.sax.saxutils import escape
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from passages import DOCUMENTS, DRCD, MOUNTAIN, RAILWAY, RIVER, needs_drcd, split
 
 import kyara.convert
+from kyara.collection import point_id
 from kyara.convert import (Pending, Unconvertible, convert_records, decode_text, docx_to_text, html_to_text, join_lines, pdf_to_text,
                            resolve_variants, wikitext_to_text)
 from kyara.core import ROW_KINDS, UserError
 from kyara.corpus import (FENCED, HEADING, chunk_document, chunk_documents, clean_text, make_document, read_documents,
                           read_dump_records, split_sections, text_size, unique_documents)
-from kyara.index import point_id, squad_questions
+from kyara.index import squad_questions
 from kyara.zh import split_sentences
-
-DRCD = Path(__file__).parents[2] / 'shared/data/drcd/DRCD_dev.json.gz'
-needs_drcd = pytest.mark.skipif(not DRCD.exists(), reason=f'no DRCD data at {DRCD}')
-MOUNTAIN = {'doc_id': 'yushan', 'title': '玉山', 'text': '玉山是臺灣最高的山，主峰海拔3,952公尺。玉山國家公園成立於1985年。'}
-RIVER = {'doc_id': 'zhuoshui', 'title': '濁水溪', 'text': '濁水溪是臺灣最長的河川，全長約186公里。濁水溪注入臺灣海峽。'}
-RAILWAY = {'doc_id': 'alishan', 'title': '阿里山林業鐵路', 'text': '阿里山林業鐵路連接嘉義市與阿里山。鐵路的軌距為762公釐。'}
-DOCUMENTS = [MOUNTAIN, RIVER, RAILWAY]
-
-def split(pairs):
-    pairs = list(pairs)
-    return [document for document, _ in pairs if document], [row for _, row in pairs if row]
 
 @pytest.fixture(scope='module')
 def drcd():
