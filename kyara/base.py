@@ -4,21 +4,25 @@
 
 # %% auto #0
 __all__ = ['KNOWN_SETS', 'ROLES', 'QUESTION_COLUMNS', 'ANSWER_COLUMNS', 'LIMITS', 'LEFTOVERS', 'REFUSALS', 'ASKS_FOR_LANGUAGE',
-           'RULES', 'UNIT', 'ASKING', 'OPTION', 'LENGTHS', 'source_name', 'public_messages', 'adapt', 'read_source',
-           'stream_set', 'answers_of', 'prose_of', 'broken_turns', 'bad_length', 'repetition', 'broken_markup',
-           'template_leftover', 'refusal', 'simplified_script', 'language_mismatch', 'mainland_words', 'quality_reason',
-           'drop_low_quality', 'to_taiwan', 'compact', 'compared_text', 'drop_exact', 'NearIndex', 'drop_near', 'units',
-           'unit_grams', 'item_text', 'ItemIndex', 'read_items', 'drop_contaminated', 'sample_source', 'split_rows',
-           'make_base', 'describe_rows', 'load_tokenizer', 'plot_statistics']
+           'RULES', 'LEAST', 'UNIT', 'ASKING', 'OPTION', 'LENGTHS', 'source_name', 'public_messages', 'adapt',
+           'read_source', 'stream_set', 'answers_of', 'prose_of', 'broken_turns', 'bad_length', 'repetition',
+           'broken_markup', 'template_leftover', 'refusal', 'simplified_script', 'language_mismatch', 'mainland_words',
+           'quality_reason', 'drop_low_quality', 'to_taiwan', 'compact', 'compared_text', 'drop_exact', 'drop_near',
+           'write_pairs', 'borderline_pairs', 'try_thresholds', 'units', 'unit_grams', 'item_text', 'ItemIndex',
+           'read_items', 'drop_contaminated', 'sample_source', 'split_rows', 'make_base', 'describe_rows',
+           'load_tokenizer', 'plot_statistics']
 
 # %% ../nbs/13_base.ipynb #13000002
-import hashlib, json, re, zlib
+import functools, hashlib, json, re, zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from .core import UserError, batched, content_hash, dialogue, drop, read_jsonl, read_rows, resolve_path
+import numpy as np
+
+from .core import Spool, UserError, batched, content_hash, dialogue, drop, read_jsonl, read_rows, resolve_path
 from .core import row_schema, write_shard, write_text
+from .near import ORDERS, choose_repeats, count_repeats, sign_texts, similar_pairs
 from .zh import detect_language, fix_taiwan, fold_script, lint_taiwan, to_traditional
 
 # %% ../nbs/13_base.ipynb #13000005
@@ -258,15 +262,18 @@ def compact(
     text: str, # Any text
 ) -> str: # Folded; only letters, digits and signs of arithmetic
     "Reduce a text to what tells it from others."
-    folded = fold_script(text)
-    return re.sub(r'(?<!\d)\.|\.(?!\d)', '', re.sub(r'[^\w+\-*/×÷=<>^%.]|_', '', folded))
+    folded = re.sub(r'[^\w+\-*/×÷=<>^%.]|_', '', fold_script(text))
+    return re.sub(r'(?<!\d)\.|\.(?!\d)', '', folded) if '.' in folded else folded
 
 def compared_text(
     row: dict, # A dialogue
 ) -> str: # Its turns without reference documents and what is said about them, compacted
     "Say what a row is compared by."
-    plain = (re.sub(r'# 參考文件.*# 使用者問題', '', turn['content'], flags=re.DOTALL) for turn in row['messages'])
-    return '|'.join(compact(text) for text in plain)
+    return _compared(tuple(turn['content'] for turn in row['messages']))
+
+@functools.lru_cache(maxsize=4096) # Two passes ask, one a batch behind the other
+def _compared(contents):
+    return '|'.join(compact(re.sub(r'# 參考文件.*# 使用者問題', '', text, flags=re.DOTALL)) for text in contents)
 
 # %% ../nbs/13_base.ipynb #13000033
 def drop_exact(
@@ -282,57 +289,70 @@ def drop_exact(
         yield row
 
 # %% ../nbs/13_base.ipynb #13000035
-class NearIndex:
-    "Texts by their character n-grams, for finding the most similar one."
-    def __init__(self,
-        threshold: float = 0.6, # Similarity from which on a text should be found
-        ngram: int = 3, # Characters an n-gram
-        permutations: int = 128, # Precision: the standard error at similarity 0.8 is 0.035
-    ):
-        from datasketch import MinHashLSH
-        self.ngram, self.permutations, self.signatures = ngram, permutations, {}
-        self.buckets = MinHashLSH(threshold=threshold, num_perm=permutations)
+LEAST = 0.4 # Similarity of the pairs that are kept for trying other thresholds
 
-    def signature(self, text: str): # datasketch.MinHash
-        "Sign a text."
-        from datasketch import MinHash
-        signature = MinHash(self.permutations, hashfunc=zlib.crc32)
-        grams = {text[start:start + self.ngram] for start in range(max(1, len(text) - self.ngram + 1))}
-        signature.update_batch([gram.encode() for gram in grams])
-        return signature
-
-    def nearest(self, signature, group: str) -> tuple[str, float]: # Id and similarity, ('', 0.0) if nothing is near
-        "Find the most similar text of the same group."
-        near = sorted(key for key in self.buckets.query(signature) if key[0] == group)
-        pairs = [(key[1], signature.jaccard(self.signatures[key])) for key in near]
-        return max(pairs, key=lambda pair: pair[1], default=('', 0.0))
-
-    def add(self, row_id: str, signature, group: str):
-        "Remember a text."
-        self.signatures[group, row_id] = signature
-        self.buckets.insert((group, row_id), signature, check_duplication=False)
-
-# %% ../nbs/13_base.ipynb #13000036
 def drop_near(
     rows: Iterable[dict], # Dialogues
-    threshold: float = 0.7, # Similarity of duplicates, 0 to 1
-    borderline: list | None = None, # Gets (similarity, id, other id) of pairs close to the threshold
+    threshold: float = 0.55, # Similarity of duplicates, 0 to 1
+    report: dict | None = None, # Gets `ids` of the rows that were compared, and `pairs` as `similar_pairs` gives them
 ) -> Iterator[dict]: # All of them; near duplicates carry `near_duplicate`, the other's id and the similarity
     "Find rows that say almost the same as an earlier one."
-    index = NearIndex(threshold=max(0.3, threshold - 0.15))
-    for row in rows:
+    spool, ids, groups, signatures = Spool(), [], [], [np.empty((0, ORDERS), np.uint16)]
+    for batch in batched(rows, 250):
+        fresh = [row for row in batch if 'drop_reason' not in row]
+        texts = [compared_text(row) for row in fresh]
+        if texts: signatures.append(sign_texts(texts))
+        ids += [row['id'] for row in fresh]
+        groups += [_group(row, text) for row, text in zip(fresh, texts, strict=True)]
+        for row in batch: spool.append(row)
+    pairs = similar_pairs(np.concatenate(signatures), min(threshold, LEAST), np.array(groups, np.uint64))
+    if report is not None: report.update(ids=ids, pairs=pairs)
+    gone, number = choose_repeats(pairs, threshold), 0
+    for row in spool:
         if 'drop_reason' not in row:
-            text = compared_text(row)
-            group = ' '.join(re.findall(r'\d+(?:\.\d+)?', text)) if row['task'] == 'math' else ''
-            signature = index.signature(text)
-            other, similarity = index.nearest(signature, group)
-            close = abs(similarity - threshold) < 0.15
-            if close and borderline is not None: borderline.append((round(similarity, 2), row['id'], other))
-            if similarity >= threshold: row = drop(row, 'near_duplicate', f'{other} {similarity:.2f}')
-            else: index.add(row['id'], signature, group)
+            if number in gone: row = drop(row, 'near_duplicate', f'{ids[gone[number][0]]} {gone[number][1]:.2f}')
+            number += 1
         yield row
 
-# %% ../nbs/13_base.ipynb #13000039
+def _group(row, text):
+    numbers = ' '.join(re.findall(r'\d+(?:\.\d+)?', text)) if row['task'] == 'math' else ''
+    return zlib.crc32(numbers.encode())
+
+# %% ../nbs/13_base.ipynb #13000038
+def write_pairs(
+    report: dict, # What `drop_near` gave
+    path: str | Path, # A Parquet file, gets `later`, `earlier` (ids) and `similarity`
+):
+    "Keep the pairs that are alike."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    later, earlier, similarity = report['pairs']
+    ids = pa.array(report['ids'], pa.string())
+    columns = {'later': ids.take(pa.array(later)), 'earlier': ids.take(pa.array(earlier)), 'similarity': pa.array(similarity, pa.float32())}
+    pq.write_table(pa.table(columns), path)
+
+def borderline_pairs(
+    path: str | Path, # As `write_pairs` wrote it
+    threshold: float, # Similarity of near duplicates
+    most: int = 10, # Pairs to show
+) -> list[tuple[float, str, str]]: # Similarity and both ids
+    "List the pairs that are nearest to a threshold."
+    import pyarrow.parquet as pq
+    rows = pq.read_table(path).to_pylist()
+    rows = sorted(rows, key=lambda row: (abs(row['similarity'] - threshold), row['later'], row['earlier']))[:most]
+    return sorted((round(row['similarity'], 2), row['later'], row['earlier']) for row in rows)
+
+def try_thresholds(
+    path: str | Path, # As `write_pairs` wrote it
+    thresholds: list[float], # From `LEAST` to 1
+) -> dict[float, int]: # How many near duplicates there would be
+    "Count near duplicates at other thresholds."
+    import pyarrow.parquet as pq
+    table, number = pq.read_table(path), {}
+    later, earlier = ([number.setdefault(name, len(number)) for name in table[column].to_pylist()] for column in ('later', 'earlier'))
+    return count_repeats((np.array(later), np.array(earlier), table['similarity'].to_numpy()), thresholds)
+
+# %% ../nbs/13_base.ipynb #13000041
 UNIT = re.compile(r'[a-z]+|\d+(?:\.\d+)?|[^\W_]')
 ASKING = {*'哪何谁什么几吗怎多少', 'what', 'which', 'who', 'whom', 'when', 'where', 'why', 'how'} # Folded
 OPTION = re.compile(r'\n+|(?<![A-Za-z0-9])[(（]?[A-J][)）.．、:：]')
@@ -350,8 +370,8 @@ def unit_grams(
 ) -> set[int]: # Hashes, of use in this process only
     "Hash the n-grams of units inside lines and options."
     parts = [units(part) for part in OPTION.split(text)]
-    grams = (part[start:start + ngram] for part in parts for start in range(len(part) - ngram + 1))
-    return {hash(tuple(gram)) for gram in grams if not asking or not ASKING.isdisjoint(gram)}
+    grams = (gram for part in parts for gram in zip(*(part[shift:] for shift in range(ngram)), strict=False))
+    return set(map(hash, (gram for gram in grams if not ASKING.isdisjoint(gram)) if asking else grams))
 
 def item_text(
     item: dict, # A dialogue, a transcript or preference, or a raw benchmark row
@@ -364,7 +384,7 @@ def item_text(
     named = [item[name] for name in (*QUESTION_COLUMNS, 'text') if isinstance(item.get(name), str)]
     return named[0] if named else ''
 
-# %% ../nbs/13_base.ipynb #13000040
+# %% ../nbs/13_base.ipynb #13000042
 class ItemIndex:
     "Evaluation items by the n-grams of their units."
     def __init__(self,
@@ -387,13 +407,13 @@ class ItemIndex:
 
     def find(self, text: str) -> str: # Name of the item, '' if there is none
         "Find an item inside a text."
-        found = Counter(number for gram in unit_grams(text) for number in self.where.get(gram, ()))
+        found = Counter(number for gram in unit_grams(text) & self.where.keys() for number in self.where[gram])
         enough = [self.items[number] for number, count in found.items() if count >= self.items[number][1]]
         numbers, asked = (self.numbers(text), unit_grams(text, 2)) if enough else (Counter(), set())
         return min((name for name, _, demanded, asking in enough
                     if not demanded - numbers and (not asking or asked & asking)), default='')
 
-# %% ../nbs/13_base.ipynb #13000042
+# %% ../nbs/13_base.ipynb #13000044
 def read_items(
     held_out: list[str], # Stage folders (their `held_out`), artifact folders or row files
 ) -> Iterator[tuple[str, str]]: # Name and text of each item
@@ -416,7 +436,7 @@ def drop_contaminated(
         found = next(filter(None, (index.find(turn['content']) for turn in turns)), '')
         yield drop(row, 'contaminated', found) if found else row
 
-# %% ../nbs/13_base.ipynb #13000045
+# %% ../nbs/13_base.ipynb #13000047
 def sample_source(
     rows: Iterable[dict], # Dialogues of one source
     weight: float = 1.0, # Share to use
@@ -436,7 +456,7 @@ def sample_source(
 def _lot(seed, row):
     return int(content_hash([seed, row['id']], 8), 16) / 2 ** 32
 
-# %% ../nbs/13_base.ipynb #13000047
+# %% ../nbs/13_base.ipynb #13000049
 def split_rows(
     rows: Iterable[dict], # Dialogues, some with a `drop_reason`
     out_dir: str | Path, # Gets `dialogue` and `dropped`
@@ -461,7 +481,7 @@ def _flush(waiting, parts, name, out_dir):
     parts[name] += 1
     waiting[name] = []
 
-# %% ../nbs/13_base.ipynb #13000048
+# %% ../nbs/13_base.ipynb #13000050
 def make_base(
     out_dir: str | Path, # Folder of the stage
     sources: list[str], # Stage folders, row files, `sample:NAME`, `hf:NAME`; the first of two duplicates stays
@@ -473,7 +493,6 @@ def make_base(
     simplified: str, # 'drop' or 'convert'
     near_threshold: float, # Similarity of near duplicates
     seed: int, # Which rows a weight chooses
-    borderline: list | None = None, # Gets the pairs that were close to the threshold
 ) -> Counter: # 'kept' and every drop reason
     "Stream all sources through all filters."
     _check_names(sources, weights, caps, licenses)
@@ -486,7 +505,10 @@ def make_base(
         rows = drop_contaminated(drop_low_quality(rows, limits), items)
         return sample_source(rows, weights.get(name, 1.0), caps.get(name, 0), seed)
     rows = (row for location in sources for row in clean_source(location))
-    return split_rows(drop_near(drop_exact(rows), near_threshold, borderline), out_dir)
+    report = {}
+    counts = split_rows(drop_near(drop_exact(rows), near_threshold, report), out_dir)
+    write_pairs(report, Path(out_dir) / 'near_pairs.parquet')
+    return counts
 
 def _check_names(sources, *tables):
     names = [source_name(location) for location in sources]
@@ -495,7 +517,7 @@ def _check_names(sources, *tables):
     if unknown:
         raise UserError(f"weights, caps or licenses name {', '.join(unknown)}, but the sources are {', '.join(names)}")
 
-# %% ../nbs/13_base.ipynb #13000050
+# %% ../nbs/13_base.ipynb #13000052
 LENGTHS = [0, 50, 100, 200, 400, 800, 1600, 3200, 6400]
 
 def describe_rows(
@@ -529,7 +551,7 @@ def _lengths(rows, counter):
 def _sorted(table):
     return {str(key): table[key] for key in sorted(table)}
 
-# %% ../nbs/13_base.ipynb #13000051
+# %% ../nbs/13_base.ipynb #13000053
 def load_tokenizer(
     folder: str, # Holds a tokenizer, or a model with one
 ): # transformers.PreTrainedTokenizerFast
@@ -539,7 +561,7 @@ def load_tokenizer(
     except (OSError, ValueError) as error:
         raise UserError(f'{folder} holds no tokenizer: {str(error).splitlines()[0]}') from None
 
-# %% ../nbs/13_base.ipynb #13000053
+# %% ../nbs/13_base.ipynb #13000055
 def plot_statistics(
     statistics: dict, # As `describe_rows` gives it
 ): # matplotlib.figure.Figure

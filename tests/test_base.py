@@ -18,7 +18,7 @@ def talk(question, answer, task='knowledge_qa', **meta):
 
 
 def run(out_dir, sources, **changes):
-    settings = dict(weights={}, caps={}, licenses={}, held_out=[], limits={}, simplified='drop', near_threshold=0.7, seed=0)
+    settings = dict(weights={}, caps={}, licenses={}, held_out=[], limits={}, simplified='drop', near_threshold=0.55, seed=0)
     return base.make_base(out_dir, [str(source) for source in sources], **{**settings, **changes})
 
 
