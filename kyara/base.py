@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import Spool, UserError, batched, content_hash, dialogue, drop, read_jsonl, read_rows, resolve_path
+from .core import Spool, UserError, batched, chinese_pyplot, content_hash, dialogue, drop, read_jsonl, read_rows, resolve_path
 from .core import row_schema, write_shard, write_text
 from .near import ORDERS, choose_repeats, count_repeats, sign_texts, similar_pairs
 from .zh import detect_language, fix_taiwan, fold_script, lint_taiwan, to_traditional
@@ -566,7 +566,7 @@ def plot_statistics(
     statistics: dict, # As `describe_rows` gives it
 ): # matplotlib.figure.Figure
     "Draw languages by source, rounds and lengths."
-    import matplotlib.pyplot as plt
+    plt = chinese_pyplot()
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 3), layout='constrained')
     by_source, start = statistics['languages_by_source'], Counter()
     for language in statistics['languages']:
@@ -574,10 +574,10 @@ def plot_statistics(
         left.barh(list(by_source), counts, left=[start[name] for name in by_source], label=language)
         start.update(dict(zip(by_source, counts)))
     left.legend(fontsize='small')
-    left.set(title='languages by source', xlabel='dialogues')
+    left.set(title='各來源的語言', xlabel='對話數')
     middle.bar(list(statistics['rounds']), list(statistics['rounds'].values()))
-    middle.set(title='rounds', xlabel='answers a dialogue', ylabel='dialogues')
+    middle.set(title='輪數', xlabel='每則對話的回答數', ylabel='對話數')
     right.bar(list(statistics['lengths']), list(statistics['lengths'].values()))
-    right.set(title='lengths', xlabel=f"{statistics['unit']}, from", ylabel='dialogues')
+    right.set(title='長度', xlabel={'tokens': '詞元數（起）', 'characters': '字數（起）'}[statistics['unit']], ylabel='對話數')
     right.tick_params(axis='x', rotation=60)
     return figure

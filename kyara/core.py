@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['META', 'ROW_KINDS', 'MANIFEST_FORMAT', 'MANIFEST_KEYS', 'SERVICES', 'UserError', 'content_hash', 'row_schema',
            'dialogue', 'pack_meta', 'details', 'drop', 'write_rows', 'write_shard', 'batched', 'usable_processors',
-           'Spool', 'read_jsonl', 'parse_object', 'read_rows', 'without_nulls', 'sample_path', 'resolve_path',
-           'file_hash', 'fingerprint', 'read_manifest', 'code_version', 'imported_modules', 'start_stage',
-           'finish_stage', 'write_text', 'ModelSettings', 'settings_path', 'read_settings', 'model_settings',
-           'parse_model', 'service_settings', 'find_row', 'lineage', 'progress', 'Unwatched', 'in_jupyter']
+           'chinese_pyplot', 'Spool', 'read_jsonl', 'parse_object', 'read_rows', 'without_nulls', 'sample_path',
+           'resolve_path', 'file_hash', 'fingerprint', 'read_manifest', 'code_version', 'imported_modules',
+           'start_stage', 'finish_stage', 'write_text', 'ModelSettings', 'settings_path', 'read_settings',
+           'model_settings', 'parse_model', 'service_settings', 'find_row', 'lineage', 'progress', 'Unwatched',
+           'in_jupyter']
 
 # %% ../nbs/00_core.ipynb #00000002
 import ast, configparser, gzip, hashlib, importlib.util, json, os, shutil, sys, tempfile
@@ -154,7 +155,18 @@ def usable_processors() -> int: # At least 1
     "Count the processors that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
-# %% ../nbs/00_core.ipynb #00000018
+# %% ../nbs/00_core.ipynb #00000019
+def chinese_pyplot(): # `matplotlib.pyplot`
+    "Open pyplot so that Chinese shows."
+    import matplotlib.pyplot as plt
+    from matplotlib import font_manager
+    path = Path(importlib.util.find_spec('zhplot').origin).parent / 'fonts/NotoSansSC-Regular.ttf'
+    name = font_manager.FontProperties(fname=path).get_name()
+    if name not in font_manager.fontManager.get_font_names(): font_manager.fontManager.addfont(path)
+    plt.rcParams['font.family'] = ['DejaVu Sans', name]
+    return plt
+
+# %% ../nbs/00_core.ipynb #00000021
 class Spool:
     "A list of rows that only grows, on disk: for what is read a second time and may be too large for memory."
     def __init__(self):
@@ -169,7 +181,7 @@ class Spool:
         self.file.seek(0)
         return map(json.loads, self.file)
 
-# %% ../nbs/00_core.ipynb #00000020
+# %% ../nbs/00_core.ipynb #00000023
 def read_jsonl(
     path: str | Path, # One JSON object a line, plain or .gz
 ) -> Iterator[tuple[int, dict | None, str]]: # Line number from 1, the object or None, the raw line
@@ -187,7 +199,7 @@ def parse_object(
     except (ValueError, RecursionError): return None
     return value if isinstance(value, dict) else None
 
-# %% ../nbs/00_core.ipynb #00000021
+# %% ../nbs/00_core.ipynb #00000024
 def read_rows(
     path: str | Path, # A stage's folder, an artifact's folder, a .parquet or a .jsonl(.gz) file
     kind: str = 'dialogue', # Which artifact, if `path` is a stage's folder
@@ -223,7 +235,7 @@ def without_nulls(
     if isinstance(row.get('meta'), dict): row['meta'] = {key: value for key, value in row['meta'].items() if value is not None}
     return row
 
-# %% ../nbs/00_core.ipynb #00000025
+# %% ../nbs/00_core.ipynb #00000028
 def sample_path(
     name: str, # 'corpus', 'personas', 'dialogues_en' or 'preferences_en'
 ) -> Path: # The JSONL file inside the package
@@ -242,7 +254,7 @@ def resolve_path(
     if not Path(location).exists(): raise UserError(f'{location} does not exist; name a file, a folder or sample:NAME')
     return Path(location)
 
-# %% ../nbs/00_core.ipynb #00000028
+# %% ../nbs/00_core.ipynb #00000031
 def file_hash(
     path: str | Path, # Any file
 ) -> str: # First 16 hex digits of its SHA-256
@@ -276,7 +288,7 @@ def read_manifest(
 MANIFEST_FORMAT = 1
 MANIFEST_KEYS = {'format', 'version', 'module', 'code', 'params', 'inputs', 'outputs', 'counts', 'cost'}
 
-# %% ../nbs/00_core.ipynb #00000029
+# %% ../nbs/00_core.ipynb #00000032
 def code_version(
     module: str, # e.g. 'kyara.synthesis'
 ) -> str: # 16 hex digits over the module's source and that of all Kyara modules it imports
@@ -297,7 +309,7 @@ def imported_modules(
     relative = [f'kyara.{node.module}' for node in nodes if node.level == 1]
     return relative + [node.module for node in nodes if node.module.startswith('kyara.')]
 
-# %% ../nbs/00_core.ipynb #00000030
+# %% ../nbs/00_core.ipynb #00000033
 def start_stage(
     out_dir: str | Path, # Folder of the stage
     keep: tuple[str, ...] = (), # Names inside it that a restart can use, e.g. checkpoints
@@ -339,7 +351,7 @@ def write_text(
     part.write_text(text, encoding='utf-8')
     part.replace(path)
 
-# %% ../nbs/00_core.ipynb #00000034
+# %% ../nbs/00_core.ipynb #00000037
 @dataclass(frozen=True)
 class ModelSettings:
     "One `[model.NAME]` section of `settings.ini`."
@@ -364,7 +376,7 @@ class ModelSettings:
         if not key: raise UserError(f'model {self.name} needs a key: set the environment variable {self.api_key_env}')
         return key
 
-# %% ../nbs/00_core.ipynb #00000035
+# %% ../nbs/00_core.ipynb #00000038
 def settings_path() -> Path | None: # None if there is none
     "Find `settings.ini`: `KYARA_SETTINGS`, else the current folder and upwards."
     named = os.environ.get('KYARA_SETTINGS')
@@ -415,7 +427,7 @@ def service_settings(
     if unknown: raise UserError(f"[{name}] has the unknown key {', '.join(unknown)}; known are {', '.join(sorted(SERVICES[name]))}")
     return section
 
-# %% ../nbs/00_core.ipynb #00000040
+# %% ../nbs/00_core.ipynb #00000043
 def find_row(
     run_dir: str | Path, # Folder of a run
     row_id: str, # Id of a dialogue, preference, chunk or document row
@@ -437,7 +449,7 @@ def _find_in(folder, row_id):
         if found: return without_nulls(found[0])
     return None
 
-# %% ../nbs/00_core.ipynb #00000041
+# %% ../nbs/00_core.ipynb #00000044
 def lineage(
     run_dir: str | Path, # Folder of a run
     row_id: str, # Any row's id
@@ -452,7 +464,7 @@ def lineage(
     return {'id': row_id, 'stage': stage, 'kind': kind, 'row': row,
             'origins': [lineage(run_dir, origin) for origin in origins if origin != row_id]}
 
-# %% ../nbs/00_core.ipynb #00000044
+# %% ../nbs/00_core.ipynb #00000047
 def progress(
     items: Iterable | None = None, # What is walked through; None for a bar that is moved by hand
     total: int | None = None, # How many, if `items` cannot say

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from .collection import (PART, ClientStore, EdgeStore, HashingEmbedder, ModelEmbedder, chunk_row, open_embedder,
                               open_store, row_hash)
-from .core import (Spool, UserError, batched, content_hash, parse_object, read_rows, resolve_path, service_settings,
-                        write_rows, write_text)
+from .core import (Spool, UserError, batched, chinese_pyplot, content_hash, parse_object, read_rows, resolve_path,
+                        service_settings, write_rows, write_text)
 from .corpus import chunk_documents, clean_text, read_documents, text_size, unique_documents
 from .terms import common_terms, look_again, mean_length, passage_vectors, question_numbers, read_question
 
@@ -298,14 +298,14 @@ def plot_retrieval(
     k: int = 10, # How deep to look
 ):
     "Plot, for each way to search, how many questions find their passage among the first."
-    import matplotlib.pyplot as plt
+    plt = chinese_pyplot()
     plt.figure(figsize=(6, 3))
     for way in kb.ways():
         ranks = gold_ranks(kb, pairs, k, way)
         found = [sum(0 < rank <= depth for rank in ranks) / len(ranks) for depth in range(1, k + 1)]
         plt.plot(range(1, k + 1), found, marker='o', label=way)
-    plt.xlabel('passages looked at')
-    plt.ylabel('questions answered')
+    plt.xlabel('看前幾段')
+    plt.ylabel('找到原文的問題比例')
     plt.ylim(0, 1.02)
     plt.legend()
     plt.show()
