@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TAG_PROMPT', 'OPENINGS', 'CLOSINGS', 'COMPLETE', 'JUDGE_PROMPT', 'REWRITE_PROMPT', 'CITATION', 'CARD', 'KNOWN_LIMITS',
            'context_of', 'last_answer', 'question_of', 'Tags', 'merge_tags', 'tag_statistics', 'style_faults',
-           'style_score', 'Judgement', 'judge_rows', 'RewardModel', 'score_rows', 'rank_correlation', 'percentiles',
+           'style_score', 'Judgement', 'judge_rows', 'score_rows', 'rank_correlation', 'weighted_kappa', 'percentiles',
            'Candidate', 'candidate', 'place_candidates', 'select', 'rewrite_problem', 'with_answer', 'rewrite_rows',
            'StyleMeter', 'style_spread', 'markdown_table', 'count_table', 'earlier_filters', 'size_category',
            'example_of', 'data_card', 'curate', 'agreement']
@@ -22,9 +22,10 @@ from pydantic import BaseModel
 
 from .base import LIMITS, compact, describe_rows, drop_low_quality, prose_of, quality_reason, read_source
 from .base import split_rows, units
-from .core import UserError, batched, content_hash, details, dialogue, drop, pack_meta, read_rows, write_text
+from .core import UserError, batched, chinese_pyplot, content_hash, details, dialogue, drop, pack_meta, read_rows, write_text
 from .llm import Client, open_client, render_prompt
 from .mathgen import final_answer, same_answer
+from .reward import GatedRewardModel, RewardModel, open_reward_model
 from .zh import fold_script, lint_taiwan
 
 # %% ../nbs/14_curation.ipynb #14000005
@@ -159,39 +160,12 @@ def judge_rows(
         if one.value and not 1 <= one.value.score <= 10: one.value, one.problem = None, 'unparsable'
     return parsed
 
-# %% ../nbs/14_curation.ipynb #14000018
-class RewardModel:
-    "Scores dialogues with a sequence-classification model."
-    def __init__(self, folder: str | Path): # Model and tokenizer
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-        safe = {'trust_remote_code': False}
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
-            self.model = AutoModelForSequenceClassification.from_pretrained(folder, **safe).eval()
-        except (OSError, ValueError) as error:
-            raise UserError(f'reward_model {folder} cannot be loaded: {str(error).splitlines()[0]}') from None
-        outputs = self.model.config.num_labels
-        if outputs != 1: raise UserError(f'reward_model {folder} has {outputs} outputs; it must have one')
-        if not self.tokenizer.chat_template: raise UserError(f'reward_model {folder} has no chat template')
-        if self.tokenizer.pad_token_id is None: self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.tokenizer.padding_side, self.model.config.pad_token_id = 'right', self.tokenizer.pad_token_id
-
-    def score(self, rows: list[dict], batch_size: int = 8, max_length: int = 4096) -> list[float]:
-        "Score rows, higher is better."
-        import torch
-        texts = [self.tokenizer.apply_chat_template(row['messages'], tokenize=False) for row in rows]
-        how = dict(return_tensors='pt', padding=True, truncation=True, max_length=max_length, add_special_tokens=False)
-        scores = []
-        for batch in batched(texts, batch_size):
-            with torch.no_grad(): scores += self.model(**self.tokenizer(batch, **how)).logits[:, 0].float().tolist()
-        return scores
-
-# %% ../nbs/14_curation.ipynb #14000020
+# %% ../nbs/14_curation.ipynb #14000019
 def score_rows(
     rows: Iterable[dict], # Dialogues
     teacher: Client, # Tags
     judge: Client, # Scores
-    reward: RewardModel | None = None, # Scores too
+    reward: RewardModel | GatedRewardModel | None = None, # Scores too
     batch_size: int = 500, # Rows asked about at once
 ) -> Iterator[dict]: # All of them, with tags as written and scores, or with a `drop_reason`
     "Tag and score rows."
@@ -200,20 +174,22 @@ def score_rows(
         yield from (row for row in batch if 'drop_reason' in row)
         tags = teacher.ask_json([render_prompt(TAG_PROMPT, question=question_of(row)) for row in good], Tags)
         judged = judge_rows(good, judge)
-        rewards = reward.score(good) if reward else [None] * len(good)
-        yield from (_scored(*parts) for parts in zip(good, tags, judged, rewards, strict=True))
+        rewards = reward.score(good) if reward else [0.0] * len(good)
+        rated = (_scored(*parts, bool(reward)) for parts in zip(good, tags, judged, rewards, strict=True))
+        yield from rated
 
-def _scored(row, tags, judged, reward):
+def _scored(row, tags, judged, reward, has_reward):
     for name, parsed in (('tags', tags), ('judge', judged)):
         said = parsed.reply.text or parsed.reply.error or ''
         if parsed.value is None: return drop(row, f'{name}_{parsed.problem}', said)
+    if reward is None: return drop(row, 'reward_too_long', 'the question fills the reward model')
     named = list(dict.fromkeys(tag.strip() for tag in tags.value.tags if tag.strip()))
     calls = [*row['meta'].get('call_ids', []), tags.reply.call_id, judged.reply.call_id]
     found = {**details(row), 'style': style_score(row), 'judge_reason': judged.value.reason}
-    scores = {'score_judge': float(judged.value.score)} | ({} if reward is None else {'score_reward': reward})
+    scores = {'score_judge': float(judged.value.score)} | ({'score_reward': reward} if has_reward else {})
     return {**row, 'meta': pack_meta(**{**row['meta'], **scores, 'tags': named, 'call_ids': calls, 'details': found})}
 
-# %% ../nbs/14_curation.ipynb #14000023
+# %% ../nbs/14_curation.ipynb #14000022
 def rank_correlation(
     first: list[float], # Scores
     second: list[float], # Scores of the same rows
@@ -227,6 +203,22 @@ def rank_correlation(
     if len(first) < 2 or min(rank.std() for rank in ranks) == 0: return None
     return round(float(np.corrcoef(*ranks)[0, 1]), 3)
 
+def weighted_kappa(
+    first: list[float], # Scores
+    second: list[float], # Scores of the same rows
+    levels: int = 4, # Both are cut into so many, equally full
+) -> float | None: # 1 for the same levels, 0 for what chance gives; None if one of them does not tell rows apart
+    "Compute Cohen's kappa with quadratic weights, which counts what agreement is beyond chance."
+    import numpy as np
+    if len(first) < 2: return None
+    places = [np.ceil(np.array(percentiles(scores)) * levels).astype(int) - 1 for scores in (first, second)]
+    if min(place.std() for place in places) == 0: return None
+    seen = np.zeros((levels, levels))
+    np.add.at(seen, tuple(places), 1)
+    chance = np.outer(seen.sum(1), seen.sum(0)) / seen.sum()
+    apart = np.subtract.outer(np.arange(levels), np.arange(levels)) ** 2
+    return round(float(1 - (apart * seen).sum() / (apart * chance).sum()), 3)
+
 def percentiles(
     scores: list[float], # Of rows of one kind
 ) -> list[float]: # Share of the rows that are not better, 0 to 1
@@ -235,7 +227,7 @@ def percentiles(
     values = np.asarray(scores, dtype=float)
     return (np.searchsorted(np.sort(values), values, side='right') / len(values)).round(4).tolist()
 
-# %% ../nbs/14_curation.ipynb #14000026
+# %% ../nbs/14_curation.ipynb #14000025
 @dataclass
 class Candidate:
     "What selection must know of a row."
@@ -275,7 +267,7 @@ def place_candidates(
             for one, value in zip(members, values): one.percentile[scorer] = value
     return final
 
-# %% ../nbs/14_curation.ipynb #14000027
+# %% ../nbs/14_curation.ipynb #14000026
 def select(
     candidates: list[Candidate], # With groups and percentiles
     max_rows: int = 0, # 0: all that have the votes
@@ -311,7 +303,7 @@ def _take(one, taken, limits, total):
     taken.update(['', *names])
     return '', ''
 
-# %% ../nbs/14_curation.ipynb #14000030
+# %% ../nbs/14_curation.ipynb #14000029
 REWRITE_PROMPT = '''# 任務：重寫回答
 用你自己的話，把下面的回答重新寫成一篇更好的回答。
 - 直接回答問題，不要開場白，也不要結尾的客套話。
@@ -332,7 +324,7 @@ REWRITE_PROMPT = '''# 任務：重寫回答
 
 CITATION = re.compile(r'【([^【】]+)】')
 
-# %% ../nbs/14_curation.ipynb #14000031
+# %% ../nbs/14_curation.ipynb #14000030
 def rewrite_problem(
     row: dict, # The row with its old answer
     answer: str, # The new one
@@ -368,7 +360,7 @@ def _numbers(text):
     plain = re.sub(r'^\s*\d+[.、)](?!\d)|【[^】]*】', '', fold_script(text).replace(',', ''), flags=re.MULTILINE)
     return set(re.findall(r'\d+(?:\.\d+)?', plain))
 
-# %% ../nbs/14_curation.ipynb #14000034
+# %% ../nbs/14_curation.ipynb #14000033
 def rewrite_rows(
     rows: Iterable[dict], # Selected rows
     teacher: Client, # Writes
@@ -402,7 +394,7 @@ def _rewritten(row, reply, model, unrewritten):
     found = {'old_answer': old, 'old_model': row['meta'].get('model', ''), 'rewrite': 'done'}
     return _child(row, with_answer(row, new)['messages'], found, call_ids=calls, model=model)
 
-# %% ../nbs/14_curation.ipynb #14000037
+# %% ../nbs/14_curation.ipynb #14000036
 class StyleMeter:
     "Measures of style by source model."
     def __init__(self):
@@ -429,7 +421,7 @@ def style_spread(
     return {name: round(max(row[name] for row in rows) - min(row[name] for row in rows), 2) if rows else 0.0
             for name in ('lists', 'fillers', 'same opening')}
 
-# %% ../nbs/14_curation.ipynb #14000040
+# %% ../nbs/14_curation.ipynb #14000039
 CARD = '''---
 pretty_name: [[name]]
 language: [[languages]]
@@ -469,7 +461,7 @@ Dropped earlier, when the base set was made:
 
 Paid for calls: [[cost]].
 
-Rank correlation of the scorers: [[agreement]]. A row was taken only if at least two of them voted for it.
+Rank correlation of the scorers, and weighted kappa over quarters: [[agreement]]. A row was taken only if at least two of them voted for it.
 
 ## Voice
 
@@ -517,7 +509,7 @@ def earlier_filters(
     total = sum((Counter(one.get('dropped', {})) for one in statistics), Counter())
     return dict(sorted(total.items()))
 
-# %% ../nbs/14_curation.ipynb #14000041
+# %% ../nbs/14_curation.ipynb #14000040
 KNOWN_LIMITS = '''- Scores come from models and rules that share blind spots; a high score does not make an answer true.
 - Facts were checked only where the task allows it: citations must survive rewriting, final answers of problems must stay the same, new numbers are refused.
 - Tags are free words of a model, merged by spelling; two words for one intent may still be two groups.
@@ -549,7 +541,7 @@ def data_card(
     counts, shares = report['counts'], ('tasks', 'sources', 'languages', 'rounds')
     voice = [{'version': version, 'model': model, **row}
              for version, table in report['voice'].items() for model, row in table.items()]
-    pairs = ', '.join(f'{pair} {value}' for pair, value in report['agreement'].items())
+    pairs = '; '.join(f"{pair} {value['rank_correlation']} (kappa {value['kappa']})" for pair, value in report['agreement'].items())
     return render_prompt(
         CARD, name=name, limits=KNOWN_LIMITS, examples='\n\n'.join(example_of(row) for row in examples),
         languages=json.dumps(sorted({language[:2] for language in statistics['languages']})),
@@ -564,7 +556,7 @@ def data_card(
         agreement=pairs, voice=markdown_table(voice),
         license_table=count_table('licence', 'dialogues', statistics['licenses']))
 
-# %% ../nbs/14_curation.ipynb #14000044
+# %% ../nbs/14_curation.ipynb #14000043
 def curate(
     out_dir: str | Path, # Folder of the stage
     sources: list[str], # Stage folders or row files, usually the base set
@@ -586,7 +578,7 @@ def curate(
     reader = writer if judge == teacher else open_client(judge, ledger, out_dir)
     scored = Path(out_dir) / 'scored'
     rows = (row for location in sources for row in drop_low_quality(read_source(location), {}))
-    split_rows(score_rows(rows, writer, reader, RewardModel(reward_model) if reward_model else None), scored)
+    split_rows(score_rows(rows, writer, reader, open_reward_model(reward_model) if reward_model else None), scored)
     candidates = [candidate(row) for row in read_rows(scored)]
     place_candidates(candidates, min_tag_count)
     verdicts = select(candidates, max_rows, quotas, group_share, floor, seed)
@@ -618,12 +610,13 @@ def _metered(rows, meter):
 def _voice(model, row):
     return model or row['meta'].get('source') or 'unknown'
 
-# %% ../nbs/14_curation.ipynb #14000045
+# %% ../nbs/14_curation.ipynb #14000044
 def agreement(
     candidates: list[Candidate], # With scores
-) -> dict[str, float | None]: # Rank correlation of each pair of scorers
+) -> dict[str, dict[str, float | None]]: # Of each pair of scorers, `rank_correlation` and `kappa`
     "Compare the scorers with each other."
     names = sorted(candidates[0].scores) if candidates else []
     scores = {name: [one.scores[name] for one in candidates] for name in names}
-    return {f'{first} and {second}': rank_correlation(scores[first], scores[second])
+    measures = {'rank_correlation': rank_correlation, 'kappa': weighted_kappa}
+    return {f'{first} and {second}': {name: measure(scores[first], scores[second]) for name, measure in measures.items()}
             for first, second in combinations(names, 2)}

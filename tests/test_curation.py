@@ -9,6 +9,7 @@ from kyara import curation
 from kyara.core import UserError, details, dialogue, read_rows
 from kyara.curation import Candidate
 from kyara.llm import Client, Parsed, Reply
+from kyara.reward import make_random_reward_model, open_reward_model
 
 ROWS = 'tests/data/base_rows.jsonl'
 DEFAULTS = dict(teacher='offline', judge='offline', reward_model='', max_rows=0, quotas={}, group_share=1.0, floor=0.1,
@@ -183,7 +184,7 @@ def test_reward_model_scores_the_last_token_whatever_the_padding(reward_folder):
     import torch
     from transformers import LlamaForSequenceClassification
     rows = [talk('玉山多高？', '3,952公尺。'), talk('介紹玉山。', '玉山是臺灣最高的山，海拔3,952公尺，終年涼爽。'), SYSTEM]
-    reward = curation.RewardModel(reward_folder)
+    reward = open_reward_model(reward_folder)
     together, model = reward.score(rows), LlamaForSequenceClassification.from_pretrained(reward_folder).eval()
     for row, score in zip(rows, together):
         text = ''.join(f"{turn['role']}: {turn['content']}</s>" for turn in row['messages'])
@@ -193,8 +194,41 @@ def test_reward_model_scores_the_last_token_whatever_the_padding(reward_folder):
     assert len(set(together)) == 3
 
 
+def test_the_mixture_is_the_published_formula(tmp_path):
+    "Computed again with numpy from the tensors, one row at a time, without padding."
+    import numpy as np
+    import torch
+    from safetensors.numpy import load_file
+    from transformers import AutoModel
+    make_random_reward_model(tmp_path, objectives=5, seed=3)
+    (tmp_path / 'modeling_custom.py').write_text('raise SystemExit("code from a hub was run")')
+    config = json.loads((tmp_path / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps(config | {'auto_map': {'AutoModel': 'modeling_custom.Mine',
+                                                                            'AutoModelForSequenceClassification': 'modeling_custom.Mine'}}))
+    rows = [talk('玉山多高？', '3,952公尺。'), talk('介紹玉山。', '玉山是臺灣最高的山，終年涼爽。' * 3),
+            {**SYSTEM, 'messages': [*SYSTEM['messages'], {'role': 'user', 'content': '再說一次。'}, {'role': 'assistant', 'content': '好。'}]}]
+    reward, tensors, model = open_reward_model(tmp_path), load_file(tmp_path / 'model.safetensors'), AutoModel.from_pretrained(tmp_path).eval()
+    for row, score in zip(rows, reward.score(rows)):
+        ids = reward.tokenizer(reward.tokenizer.apply_chat_template(row['messages'], tokenize=False), add_special_tokens=False)['input_ids']
+        before = reward.tokenizer.apply_chat_template(row['messages'][:-1], tokenize=False)
+        question = len(reward.tokenizer(before, add_special_tokens=False)['input_ids']) - 1
+        with torch.no_grad(): states = model(torch.tensor([ids])).last_hidden_state[0].numpy()
+        gate = states[question]
+        for layer in range(3):
+            gate = tensors[f'gating.layers.{layer}.weight'] @ gate + tensors[f'gating.layers.{layer}.bias']
+            if layer < 2: gate = np.maximum(gate, 0)
+        gate = np.exp(gate / 10) / np.exp(gate / 10).sum() * tensors['gating.logit_scale'][0]
+        expected = gate @ (tensors['reward_transform_matrix'].T @ (tensors['regression_layer.weight'] @ states[-1]))
+        assert score == pytest.approx(expected, abs=1e-4)
+    assert reward.score(rows, max_length=4) == [None] * 3, 'the question fills it'
+    del tensors['gating.layers.0.weight']
+    from safetensors.numpy import save_file
+    save_file(tensors, tmp_path / 'model.safetensors', {'format': 'pt'})
+    with pytest.raises(UserError, match='hold no regression and gating layers'): open_reward_model(tmp_path)
+
 def test_three_scorers_agree_or_not(tmp_path, reward_folder):
     report = run(tmp_path, reward_model=str(reward_folder))
+    assert all(pair.keys() == {'rank_correlation', 'kappa'} for pair in report['agreement'].values())
     assert report['agreement'].keys() == {'judge and reward', 'judge and style', 'reward and style'}
     assert all('score_reward' in row['meta'] for row in read_rows(tmp_path / 'curation'))
     assert report['models']['reward model'] == reward_folder.name
