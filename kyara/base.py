@@ -8,9 +8,9 @@ __all__ = ['KNOWN_SETS', 'ROLES', 'QUESTION_COLUMNS', 'ANSWER_COLUMNS', 'LIMITS'
            'read_source', 'stream_set', 'answers_of', 'prose_of', 'broken_turns', 'bad_length', 'repetition',
            'broken_markup', 'template_leftover', 'refusal', 'simplified_script', 'language_mismatch', 'mainland_words',
            'quality_reason', 'drop_low_quality', 'to_taiwan', 'compact', 'compared_text', 'drop_exact', 'drop_near',
-           'write_pairs', 'borderline_pairs', 'try_thresholds', 'units', 'unit_grams', 'item_text', 'ItemIndex',
-           'read_items', 'drop_contaminated', 'sample_source', 'split_rows', 'make_base', 'describe_rows',
-           'load_tokenizer', 'plot_statistics']
+           'drop_repeats', 'drop_semantic', 'write_pairs', 'borderline_pairs', 'try_thresholds', 'units', 'unit_grams',
+           'item_text', 'ItemIndex', 'read_items', 'drop_contaminated', 'sample_source', 'split_rows', 'make_base',
+           'describe_rows', 'load_tokenizer', 'plot_statistics']
 
 # %% ../nbs/13_base.ipynb #13000002
 import functools, hashlib, json, re, zlib
@@ -20,9 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
+from .collection import open_embedder
 from .core import Spool, UserError, batched, chinese_pyplot, content_hash, dialogue, drop, read_jsonl, read_rows, resolve_path
-from .core import row_schema, write_shard, write_text
-from .near import ORDERS, choose_repeats, count_repeats, sign_texts, similar_pairs
+from .core import row_schema, service_settings, write_shard, write_text
+from .near import choose_repeats, count_repeats, sign_texts, similar_pairs, similar_vectors
 from .zh import detect_language, fix_taiwan, fold_script, lint_taiwan, to_traditional
 
 # %% ../nbs/13_base.ipynb #13000005
@@ -297,20 +298,32 @@ def drop_near(
     report: dict | None = None, # Gets `ids` of the rows that were compared, and `pairs` as `similar_pairs` gives them
 ) -> Iterator[dict]: # All of them; near duplicates carry `near_duplicate`, the other's id and the similarity
     "Find rows that say almost the same as an earlier one."
-    spool, ids, groups, signatures = Spool(), [], [], [np.empty((0, ORDERS), np.uint16)]
+    find = functools.partial(similar_pairs, least=min(threshold, LEAST))
+    return drop_repeats(rows, 'near_duplicate', sign_texts, find, threshold, report)
+
+def drop_repeats(
+    rows: Iterable[dict], # Dialogues
+    reason: str, # Of rows that go
+    sign: Callable[[list[str]], np.ndarray], # Gives each text a row of an array
+    find: Callable, # Finds the pairs that are alike, by that array and the groups within which rows are compared
+    threshold: float, # Similarity of repeats
+    report: dict | None = None, # Gets `ids` of the rows that were compared, and `pairs`
+) -> Iterator[dict]: # All of them; repeats carry `reason`, the other's id and the similarity
+    "Read rows twice: once to compare them, once to part them."
+    spool, ids, groups, signed = Spool(), [], [], [sign(['?'])[:0]]
     for batch in batched(rows, 250):
         fresh = [row for row in batch if 'drop_reason' not in row]
         texts = [compared_text(row) for row in fresh]
-        if texts: signatures.append(sign_texts(texts))
+        if texts: signed.append(sign(texts))
         ids += [row['id'] for row in fresh]
         groups += [_group(row, text) for row, text in zip(fresh, texts, strict=True)]
         for row in batch: spool.append(row)
-    pairs = similar_pairs(np.concatenate(signatures), min(threshold, LEAST), np.array(groups, np.uint64))
+    pairs = find(np.concatenate(signed), groups=np.array(groups, np.uint64))
     if report is not None: report.update(ids=ids, pairs=pairs)
     gone, number = choose_repeats(pairs, threshold), 0
     for row in spool:
         if 'drop_reason' not in row:
-            if number in gone: row = drop(row, 'near_duplicate', f'{ids[gone[number][0]]} {gone[number][1]:.2f}')
+            if number in gone: row = drop(row, reason, f'{ids[gone[number][0]]} {gone[number][1]:.2f}')
             number += 1
         yield row
 
@@ -319,6 +332,20 @@ def _group(row, text):
     return zlib.crc32(numbers.encode())
 
 # %% ../nbs/13_base.ipynb #13000038
+def drop_semantic(
+    rows: Iterable[dict], # Dialogues
+    threshold: float = 0.95, # Cosine of duplicates; 0 leaves this pass out
+    embedding: str = '', # As `open_embedder` knows it; '' for the one of settings.ini, or hashed pairs of characters
+) -> Iterator[dict]: # All of them; those that mean the same carry `semantic_duplicate`, the other's id and the cosine
+    "Find rows that mean the same as an earlier one."
+    if not threshold: return iter(rows)
+    embedder = open_embedder(embedding or service_settings('embedding').get('model', '') or 'hashing:512')
+    def sign(texts):
+        vectors = np.asarray(embedder.encode([text[:4000] for text in texts]), np.float32)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return drop_repeats(rows, 'semantic_duplicate', sign, functools.partial(similar_vectors, least=threshold), threshold)
+
+# %% ../nbs/13_base.ipynb #13000041
 def write_pairs(
     report: dict, # What `drop_near` gave
     path: str | Path, # A Parquet file, gets `later`, `earlier` (ids) and `similarity`
@@ -352,7 +379,7 @@ def try_thresholds(
     later, earlier = ([number.setdefault(name, len(number)) for name in table[column].to_pylist()] for column in ('later', 'earlier'))
     return count_repeats((np.array(later), np.array(earlier), table['similarity'].to_numpy()), thresholds)
 
-# %% ../nbs/13_base.ipynb #13000041
+# %% ../nbs/13_base.ipynb #13000044
 UNIT = re.compile(r'[a-z]+|\d+(?:\.\d+)?|[^\W_]')
 ASKING = {*'哪何谁什么几吗怎多少', 'what', 'which', 'who', 'whom', 'when', 'where', 'why', 'how'} # Folded
 OPTION = re.compile(r'\n+|(?<![A-Za-z0-9])[(（]?[A-J][)）.．、:：]')
@@ -384,7 +411,7 @@ def item_text(
     named = [item[name] for name in (*QUESTION_COLUMNS, 'text') if isinstance(item.get(name), str)]
     return named[0] if named else ''
 
-# %% ../nbs/13_base.ipynb #13000042
+# %% ../nbs/13_base.ipynb #13000045
 class ItemIndex:
     "Evaluation items by the n-grams of their units."
     def __init__(self,
@@ -413,7 +440,7 @@ class ItemIndex:
         return min((name for name, _, demanded, asking in enough
                     if not demanded - numbers and (not asking or asked & asking)), default='')
 
-# %% ../nbs/13_base.ipynb #13000044
+# %% ../nbs/13_base.ipynb #13000047
 def read_items(
     held_out: list[str], # Stage folders (their `held_out`), artifact folders or row files
 ) -> Iterator[tuple[str, str]]: # Name and text of each item
@@ -436,7 +463,7 @@ def drop_contaminated(
         found = next(filter(None, (index.find(turn['content']) for turn in turns)), '')
         yield drop(row, 'contaminated', found) if found else row
 
-# %% ../nbs/13_base.ipynb #13000047
+# %% ../nbs/13_base.ipynb #13000050
 def sample_source(
     rows: Iterable[dict], # Dialogues of one source
     weight: float = 1.0, # Share to use
@@ -456,7 +483,7 @@ def sample_source(
 def _lot(seed, row):
     return int(content_hash([seed, row['id']], 8), 16) / 2 ** 32
 
-# %% ../nbs/13_base.ipynb #13000049
+# %% ../nbs/13_base.ipynb #13000052
 def split_rows(
     rows: Iterable[dict], # Dialogues, some with a `drop_reason`
     out_dir: str | Path, # Gets `dialogue` and `dropped`
@@ -481,7 +508,7 @@ def _flush(waiting, parts, name, out_dir):
     parts[name] += 1
     waiting[name] = []
 
-# %% ../nbs/13_base.ipynb #13000050
+# %% ../nbs/13_base.ipynb #13000053
 def make_base(
     out_dir: str | Path, # Folder of the stage
     sources: list[str], # Stage folders, row files, `sample:NAME`, `hf:NAME`; the first of two duplicates stays
@@ -492,6 +519,8 @@ def make_base(
     limits: dict, # Changes to `LIMITS`
     simplified: str, # 'drop' or 'convert'
     near_threshold: float, # Similarity of near duplicates
+    semantic_threshold: float, # Cosine of semantic duplicates, 0 for none
+    embedding: str, # Model that embeds, '' for the one of settings.ini, or hashed pairs of characters
     seed: int, # Which rows a weight chooses
 ) -> Counter: # 'kept' and every drop reason
     "Stream all sources through all filters."
@@ -506,7 +535,7 @@ def make_base(
         return sample_source(rows, weights.get(name, 1.0), caps.get(name, 0), seed)
     rows = (row for location in sources for row in clean_source(location))
     report = {}
-    counts = split_rows(drop_near(drop_exact(rows), near_threshold, report), out_dir)
+    counts = split_rows(drop_semantic(drop_near(drop_exact(rows), near_threshold, report), semantic_threshold, embedding), out_dir)
     write_pairs(report, Path(out_dir) / 'near_pairs.parquet')
     return counts
 
@@ -517,7 +546,7 @@ def _check_names(sources, *tables):
     if unknown:
         raise UserError(f"weights, caps or licenses name {', '.join(unknown)}, but the sources are {', '.join(names)}")
 
-# %% ../nbs/13_base.ipynb #13000052
+# %% ../nbs/13_base.ipynb #13000055
 LENGTHS = [0, 50, 100, 200, 400, 800, 1600, 3200, 6400]
 
 def describe_rows(
@@ -551,7 +580,7 @@ def _lengths(rows, counter):
 def _sorted(table):
     return {str(key): table[key] for key in sorted(table)}
 
-# %% ../nbs/13_base.ipynb #13000053
+# %% ../nbs/13_base.ipynb #13000056
 def load_tokenizer(
     folder: str, # Holds a tokenizer, or a model with one
 ): # transformers.PreTrainedTokenizerFast
@@ -561,7 +590,7 @@ def load_tokenizer(
     except (OSError, ValueError) as error:
         raise UserError(f'{folder} holds no tokenizer: {str(error).splitlines()[0]}') from None
 
-# %% ../nbs/13_base.ipynb #13000055
+# %% ../nbs/13_base.ipynb #13000058
 def plot_statistics(
     statistics: dict, # As `describe_rows` gives it
 ): # matplotlib.figure.Figure

@@ -18,7 +18,7 @@ def talk(question, answer, task='knowledge_qa', **meta):
 
 
 def run(out_dir, sources, **changes):
-    settings = dict(weights={}, caps={}, licenses={}, held_out=[], limits={}, simplified='drop', near_threshold=0.55, seed=0)
+    settings = dict(weights={}, caps={}, licenses={}, held_out=[], limits={}, simplified='drop', near_threshold=0.55, semantic_threshold=0.95, embedding='', seed=0)
     return base.make_base(out_dir, [str(source) for source in sources], **{**settings, **changes})
 
 
@@ -98,7 +98,7 @@ def test_no_row_is_lost(tmp_path):
     source = tmp_path / 'mixed.jsonl'
     lines = [json.dumps(row, ensure_ascii=False) for row in good] + ['{"messages": [', '[1, 2]', '{"text": "只有文章"}', '{"messages": [1]}']
     source.write_text('\n'.join(lines), encoding='utf-8')
-    counts = run(tmp_path / 'out', [source], near_threshold=1.1)
+    counts = run(tmp_path / 'out', [source], near_threshold=1.1, semantic_threshold=0)
     assert counts == {'kept': 5, 'malformed': 2, 'unknown_layout': 2}
     dropped = list(read_rows(tmp_path / 'out', 'dropped'))
     assert len(list(read_rows(tmp_path / 'out'))) + len(dropped) == len(lines)
@@ -124,9 +124,9 @@ def test_sources_of_every_kind(tmp_path):
 def test_sampling_and_caps(tmp_path):
     rows = [talk(f'第{n}題', f'這是第{n}題的回答，寫得夠長。') for n in range(200)]
     source = write_lines(tmp_path / 'many.jsonl', rows)
-    counts = run(tmp_path / 'a', [source], weights={'many': 0.5}, caps={'many': 60}, near_threshold=1.1)
+    counts = run(tmp_path / 'a', [source], weights={'many': 0.5}, caps={'many': 60}, near_threshold=1.1, semantic_threshold=0)
     assert counts['kept'] == 60 and 70 < counts['not_sampled'] < 130 and counts.total() == 200
-    run(tmp_path / 'b', [source], weights={'many': 0.5}, caps={'many': 60}, near_threshold=1.1)
+    run(tmp_path / 'b', [source], weights={'many': 0.5}, caps={'many': 60}, near_threshold=1.1, semantic_threshold=0)
     kept = [[row['id'] for row in read_rows(tmp_path / name)] for name in 'ab']
     assert kept[0] == kept[1]
     with pytest.raises(UserError, match='mayn'):
@@ -161,6 +161,29 @@ def test_planted_duplicates_are_found():
         assert len(found) >= 58, (name, len(found))
     reasons = [row.get('drop_reason') for row in rows[60:180]]
     assert reasons.count('duplicate') >= 110, Counter(reasons)
+
+
+def test_other_thresholds_need_no_other_comparison(tmp_path):
+    chance, originals = random.Random(3), texts(40)
+    rows = [talk('請介紹這件事。', text) for text in [*originals, *(change(text, 0.1, chance) for text in originals)]]
+    source = write_lines(tmp_path / 'rows.jsonl', rows)
+    tried = {}
+    for threshold in (0.5, 0.6, 0.7):
+        counts = run(tmp_path / str(threshold), [source], near_threshold=threshold, semantic_threshold=0)
+        tried[threshold] = counts['near_duplicate']
+        assert base.try_thresholds(tmp_path / str(threshold) / 'near_pairs.parquet', [0.5, 0.6, 0.7])[threshold] == counts['near_duplicate']
+    assert base.try_thresholds(tmp_path / '0.7/near_pairs.parquet', [0.5, 0.6, 0.7]) == tried and tried[0.5] > tried[0.7]
+    assert all(abs(similarity - 0.6) < 0.2 for similarity, *_ in base.borderline_pairs(tmp_path / '0.7/near_pairs.parquet', 0.6, 5))
+
+
+def test_what_means_the_same_goes_in_the_third_pass():
+    first, rest = texts(40), texts(40, seed=8)
+    turned = ['。'.join(reversed(text.rstrip('。').split('。'))) + '。' for text in first]
+    rows = [talk('請介紹這件事。', text) for text in [*first, *turned, *rest]]
+    got = [row.get('drop_reason', '') for row in base.drop_semantic(rows, embedding='hashing:512')]
+    assert got[:40] == [''] * 40 and got[40:80] == ['semantic_duplicate'] * 40 and got[80:].count('semantic_duplicate') <= 1
+    assert list(base.drop_semantic(rows, threshold=0)) == rows
+    with pytest.raises(UserError, match='hashing:256'): list(base.drop_semantic(rows, embedding='hashing:none'))
 
 
 def test_problems_with_other_numbers_are_no_duplicates():
