@@ -1,14 +1,18 @@
 "Hard cases of script, sentences, numbers and Taiwan's wording; each row names what it is about."
-import gzip, json, time
+import gzip, hashlib, json, time
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
-from kyara.zh import (detect_language, find_numbers, fix_taiwan, fold_script, lint_taiwan, parse_number, split_sentences, to_traditional,
-                      tokens)
+from kyara.zh import (detect_language, find_numbers, findings_per_thousand, fix_taiwan, fold_script, judge_findings, lint_taiwan,
+                      own_words, parse_number, precision_recall, read_data, sense_table, senses, split_sentences, to_traditional, tokens,
+                      vocabulary)
 
 OPENCC = Path(__file__).parents[2] / 'shared' / 'data' / 'opencc'
+DRCD = OPENCC.parent / 'drcd' / 'DRCD_dev.json.gz'
+LABELLED_FILES = {name: Path(__file__).parent / 'data' / f'lint_{name}.jsonl' for name in ('tuned', 'held_out')}
+LABELLED = {name: [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()] for name, path in LABELLED_FILES.items()}
 needs_opencc = pytest.mark.skipif(not OPENCC.exists(), reason=f'the published OpenCC cases are not here ({OPENCC.name})')
 
 
@@ -104,7 +108,7 @@ def test_lint(why, text, found):
     assert [(finding.text, finding.suggestion) for finding in lint_taiwan(text)] == found, why
 
 
-@pytest.mark.parametrize('unit', ['.', '1', '1,', 'a.', '“中', '$中', '(', '「', '`', '<a', '一', ' '])
+@pytest.mark.parametrize('unit', ['.', '1', '1,', 'a.', '“中', '$中', '(', '「', '`', '<a', '一', ' ', '：「', '> ', '通過', '质量', '台臺灣'])
 def test_no_text_is_slow(unit):
     text = unit * (20_000 // len(unit))
     started = time.process_time()
@@ -117,3 +121,77 @@ def test_offsets_and_fixing():
     assert all(text[finding.start:finding.end] == finding.text for finding in lint_taiwan(text))
     assert fix_taiwan(text) == '這個軟體，很好。「預設」網路'
     assert lint_taiwan(fix_taiwan(text)) == []
+
+
+@pytest.mark.parametrize('written', ['before the rules', 'after the rules'])
+def test_lint_is_precise_and_finds_much_on_sentences_not_used_while_tuning(written):
+    rows = [row for row in LABELLED['held_out'] if row['written'] == written]
+    counts = judge_findings(rows)
+    precision, recall = precision_recall(counts['all'])
+    assert precision >= 0.95 and recall >= 0.9, counts
+    assert precision_recall(counts['vocabulary'])[1] >= 0.85, counts
+
+
+def test_labelled_sentences_are_what_they_claim_to_be():
+    rows = [row for half in LABELLED.values() for row in half]
+    assert len(rows) >= 400 and len({row['text'] for row in rows}) == len(rows)
+    assert min(sum(bool(row['findings']) for row in rows), sum(not row['findings'] for row in rows)) > len(rows) / 3
+    for row in rows:
+        for finding in row['findings']: assert row['text'][finding['start']:finding['end']] == finding['text'], row
+    for remainder, name in enumerate(LABELLED):
+        older = [row['text'] for row in LABELLED[name] if row['written'] == 'before the rules']
+        assert {int(hashlib.sha256(text.encode()).hexdigest(), 16) % 2 for text in older} == {remainder}
+
+
+def test_suggestions_and_fixes_on_labelled_sentences():
+    right = wrong = 0
+    for row in [row for half in LABELLED.values() for row in half]:
+        fixed = fix_taiwan(row['text'])
+        assert fix_taiwan(fixed) == fixed, row
+        wanted = {(finding['start'], finding['kind']): finding['suggestions'] for finding in row['findings'] if finding['suggestions']}
+        for finding in lint_taiwan(row['text']):
+            if choices := wanted.get((finding.start, finding.kind)):
+                right, wrong = right + (finding.suggestion in choices), wrong + (finding.suggestion not in choices)
+    assert right > 600 and wrong / (right + wrong) < 0.02, (right, wrong)
+
+
+@pytest.mark.parametrize('why, text', [
+    ('inline code', '用 `軟件` 表示'), ('code block', '```\nprint("視頻", "默認")\n```'),
+    ('link', 'https://a.tw/軟件/視頻'), ('bare link', 'www.a.tw/網絡 在此'),
+    ('markup', '<a href="/軟件">下載</a>'), ('formula', '$x,y$ 是實數'), ('English', 'Wait, what? "Yes": it is.'), ('speech', '他說：「這個軟件很好」'),
+    ('speech in curly marks inside a block quote', '> 這個“軟件”很好,真的'), ('mention', '大陸說「軟件」'), ('title', '《軟件的歷史》'),
+    ('what to call it', '臺灣的資料庫在香港和中國大陸稱為「數據庫」'), ('name', '中國移動通信集團公司'), ('one word, two names', '「軟件」與「軟體」是同一個詞的兩種譯法')])
+def test_fix_leaves_alone(why, text):
+    assert fix_taiwan(text) == text, why
+
+
+def test_quoted_findings_are_reported_but_unsure():
+    found = lint_taiwan('經理說：「這個軟件,很好。」')
+    assert [(finding.text, finding.confidence) for finding in found] == [('軟件', 0.5), (',', 0.5)]
+
+
+def test_words_and_senses_are_sound():
+    words, table = own_words(), sense_table()
+    entries = [word for line in read_data('taiwan_words.txt').splitlines() if line and line[0] != '#'
+               for entry in line.split('; ') for word in entry.split(': ')[1].split()]
+    assert len(entries) == len(words), 'a word stands twice'
+    assert not words.keys() & table.keys(), 'a word is both certain and in need of its surroundings'
+    for word, (suggestion, confidence) in vocabulary().items():
+        assert not confidence or not [finding for finding in lint_taiwan(suggestion) if finding.kind == 'vocabulary'], word
+    for word in table:
+        for sense in senses(word): assert not lint_taiwan(sense.use), word
+
+
+def test_findings_per_thousand():
+    rates = findings_per_thousand(['這個軟件很好', '臺灣,很好', ''])
+    assert rates == {'vocabulary': 1000 / 11, 'simplified': 0, 'punctuation': 1000 / 11, 'variant': 0, 'all': 2000 / 11}
+    assert findings_per_thousand([])['all'] == 0
+    assert findings_per_thousand(['志願者很多'])['all'] > 0 == findings_per_thousand(['志願者很多'], confidence=0.8)['all']
+
+
+@pytest.mark.skipif(not DRCD.exists(), reason=f'the published paragraphs are not here ({DRCD.name})')
+def test_few_findings_in_paragraphs_from_taiwan():
+    data = json.loads(gzip.decompress(DRCD.read_bytes()))['data']
+    texts = [paragraph['context'] for article in data for paragraph in article['paragraphs']]
+    rates = findings_per_thousand(texts)
+    assert 0 < rates['all'] < 1 and rates['simplified'] < 0.02, rates
