@@ -5,23 +5,21 @@
 # %% auto #0
 __all__ = ['STOP_WORDS', 'ASKED', 'PREDICATE', 'MEASURE', 'NO_SUBJECT', 'S', 'X', 'END', 'YEAR', 'AGE', 'FOUNDED', 'MADE', 'WHO',
            'WHERE', 'ABOUT', 'ATTRIBUTE', 'QUESTION_RULES', 'WHICH', 'SCENES', 'FORMS', 'RELEVANT', 'NO_HELP',
-           'ASPECTS', 'SIMPLIFIED', 'MATH_FAMILIES', 'THINGS', 'COMMON', 'PATTERNS', 'INTENTS', 'FIELDS', 'OPENINGS',
-           'QUOTED', 'CONFESSION', 'RULE', 'TASKS', 'MODELS', 'read_prompt', 'Manner', 'sentences', 'terms', 'fits',
-           'nearness', 'nearest', 'is_subject', 'statements', 'fill_rule', 'define', 'questions_about',
-           'write_questions', 'evolve_question', 'expand_query', 'helps', 'judge_relevance', 'summarise',
-           'compose_answer', 'read_references', 'cite_answer', 'guess_prompt', 'form_faults', 'rate_text', 'Family',
-           'persona_parts', 'write_problem', 'calculate', 'evaluate', 'recognise', 'solve_problem', 'check_problem',
-           'pose_problem', 'write_solution', 'check_solution', 'tag_intent', 'score_answer', 'compare_answers',
-           'grade_answer', 'rewrite_answer', 'obey_rules', 'answer_chat', 'whole_number', 'reply']
+           'ASPECTS', 'SIMPLIFIED', 'IN_HAND', 'POINTER', 'ENGLISH', 'KNOWN_KINDS', 'INTENTS', 'FIELDS', 'OPENINGS',
+           'QUOTED', 'CONFESSION', 'RULE', 'TASKS', 'MODELS', 'read_prompt', 'sentences', 'terms', 'fits', 'nearness',
+           'nearest', 'is_subject', 'statements', 'fill_rule', 'define', 'questions_about', 'write_questions',
+           'evolve_question', 'expand_query', 'helps', 'judge_relevance', 'summarise', 'compose_answer',
+           'read_references', 'cite_answer', 'guess_prompt', 'form_faults', 'rate_text', 'be_curious',
+           'restore_subject', 'check_evidence', 'rewrite_english', 'follow_up', 'tag_intent', 'score_answer',
+           'compare_answers', 'grade_answer', 'rewrite_answer', 'obey_rules', 'answer_chat', 'whole_number', 'reply']
 
 # %% ../nbs/03_offline.ipynb #03000002
 import json, os.path, re, unicodedata
-from collections.abc import Callable
-from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 
-from .core import UserError, content_hash
+from .core import UserError
+from .families import (MATH_FAMILIES, MATH_TASKS, Manner, first_error, recognise, solve_problem, write_problem,
+                            write_solution)
 
 # %% ../nbs/03_offline.ipynb #03000004
 def read_prompt(
@@ -32,25 +30,6 @@ def read_prompt(
     if not head: return '', {}
     tags = re.finditer(r'^<([a-z_]+)>[ \t]*\n(.*?)\n?</\1>[ \t]*$', text, re.M | re.S)
     return head[1], {tag[1]: tag[2].strip() for tag in tags}
-
-@dataclass(frozen=True)
-class Manner:
-    "How the teacher answers: the model's habits and what sets this answer apart from another try."
-    model: str = 'careful' # 'careful', 'brief' or 'careless'
-    sample: int = 0 # Number of the try
-    seed: int | None = None # The request's seed
-
-    def number(self, *salt) -> int:
-        "Draw a large number that depends on the manner and on `salt` only."
-        return int(content_hash([self.model, self.sample, self.seed, *salt]), 16)
-
-    def order(self, items: list, *salt) -> list:
-        "Shuffle `items`."
-        return sorted(items, key=lambda item: self.number(*salt, item))
-
-    def slips(self, *salt) -> bool:
-        "Tell whether this answer gets a slip: never, or every second time if careless."
-        return self.model == 'careless' and self.number('slip', *salt) % 2 == 0
 
 # %% ../nbs/03_offline.ipynb #03000007
 STOP_WORDS = re.compile(
@@ -513,260 +492,89 @@ def rate_text(
     return {'score': score, 'reason': reason + '（只依形式評分）'}
 
 # %% ../nbs/03_offline.ipynb #03000040
-@dataclass(frozen=True)
-class Family:
-    "A kind of arithmetic problem."
-    name: str
-    kind: str # What a prompt may ask for, e.g. '加法'
-    difficulty: str # '簡單' (one step) or '中等'
-    wording: str # Holes: [who], [it] (a thing), [c] (its classifier), [a], [b], [d] (numbers)
-    steps: tuple[str, ...] # Calculations over a, b, d and x, the result of the step before
-    numbers: Callable[[int], tuple[int, ...]] # Numbers a, b (and d) from a drawn number
-    space: int # How many different tuples of numbers there are
+def be_curious(
+    title: str, # What the document is about
+    text: str, # Its paragraphs
+    count: int, # Questions wanted
+    manner: Manner = Manner(),
+) -> dict: # {'thoughts': str, 'questions': [str, ...]}
+    "Think about a text, then ask what is puzzling, reasons first."
+    questions = write_questions(title, text, 3 * count, manner)
+    puzzling = sorted(questions, key=lambda question: not re.search('為什麼|怎麼|影響|關係|什麼', question))[:count]
+    first = (sentences(text) or [title])[0]
+    return {'thoughts': f'文章先說「{first.rstrip("。！？")}」，我想再弄清楚其中的細節。', 'questions': puzzling}
 
-def _pair(low, high):
-    size = high - low + 1
-    return lambda n: (low + n % size, low + n // size % size)
+IN_HAND = re.compile('(?:請?(?:根據|依據|依照|從)?(?:本文|文中|上文|這篇文章|文章|上述資料)(?:中|裡|內)?(?:提到的?|的?說法|所述)?[，,]?)')
+POINTER = re.compile('^(?:它們?|牠們?|他們?|她們?|[這那該此本](?:一?[座條種個位本隻項間]\\S{1,2}|[個種座條]|山|溪|地|島|園)?)'
+                     '(?=[的在是有位由為與和會能可最又也長高發流])')
 
-def _swap(make, change): return lambda n: change(*make(n))
+def restore_subject(
+    question: str, # One that needs the text in hand
+    title: str, # What the text is about
+    manner: Manner = Manner(),
+) -> str: # The question on its own, '' if that cannot be done
+    "Take the reference to a text out of a question, and name what a pronoun stands for."
+    plain = re.sub(r'^(?:請問)?[，：]?', '', IN_HAND.sub('', question)).strip()
+    named = POINTER.sub(title, plain)
+    if len(named) < 5 or named == question or re.search('作者|主旨|段落', named): return ''
+    return plain if manner.slips('subject', question) else named
 
-_ADD, _MUL = _pair(1, 9), _pair(2, 9)
-_SUB, _DIV = _swap(_ADD, lambda a, b: (a + b, b)), _swap(_MUL, lambda a, b: (a * b, b))
-_CLOCK = lambda n: [(a, b) for a in range(1, 10) for b in range(1, 10) if a + b <= 12][n % 60]
-_LESS = _swap(_pair(1, 9), lambda a, b: (a + b, b))
-
-MATH_FAMILIES = [Family(*row) for row in [
-    ('得到', '加法', '簡單', '[who]有[a][c][it]，又買了[b][c]，現在共有幾[c]？', ('a + b',), _ADD, 81),
-    ('合計', '加法', '簡單', '[who]上午賣出[a][c][it]，下午賣出[b][c]，一天賣出幾[c]？', ('a + b',), _ADD, 81),
-    ('原有', '加法', '簡單', '[who]送出[a][c][it]後還剩[b][c]，原來有幾[c]？', ('a + b',), _ADD, 81),
-    ('較多', '加法', '簡單', '[who]有[a][c][it]，鄰居比他多[b][c]，鄰居有幾[c]？', ('a + b',), _ADD, 81),
-    ('用掉', '減法', '簡單', '[who]有[a][c][it]，用掉[b][c]，還剩幾[c]？', ('a - b',), _SUB, 81),
-    ('較少', '減法', '簡單', '[who]有[a][c][it]，鄰居比他少[b][c]，鄰居有幾[c]？', ('a - b',), _SUB, 81),
-    ('相差', '減法', '簡單', '[who]有[a][c][it]，鄰居有[b][c]，[who]多幾[c]？', ('a - b',), _LESS, 81),
-    ('餘錢', '減法', '簡單', '[who]帶了[a]元，買[it]花掉[b]元，還剩幾元？', ('a - b',), _SUB, 81),
-    ('裝盒', '乘法', '簡單', '[who]買了[b]箱[it]，每箱有[a][c]，共有幾[c]？', ('a * b',), _MUL, 64),
-    ('單價', '乘法', '簡單', '[it]每[c][a]元，[who]買了[b][c]，共要幾元？', ('a * b',), _MUL, 64),
-    ('每天', '乘法', '簡單', '[who]每天準備[a][c][it]，[b]天共準備幾[c]？', ('a * b',), _MUL, 64),
-    ('倍數', '乘法', '簡單', '[who]有[a][c][it]，鄰居的是他的[b]倍，鄰居有幾[c]？', ('a * b',), _MUL, 64),
-    ('行程', '乘法', '簡單', '[who]騎車每小時走[a]公里，[b]小時共走幾公里？', ('a * b',), _MUL, 64),
-    ('面積', '乘法', '簡單', '[who]的菜園長[a]公尺、寬[b]公尺，面積是幾平方公尺？', ('a * b',), _MUL, 64),
-    ('平分', '除法', '簡單', '[who]把[a][c][it]平分給[b]個人，每人得到幾[c]？', ('a / b',), _DIV, 64),
-    ('分裝', '除法', '簡單', '[who]有[a][c][it]，每[b][c]裝一袋，可以裝幾袋？', ('a / b',), _DIV, 64),
-    ('鐘點', '時間', '簡單', '[who]從[a]點開始工作，工作[b]小時，幾點結束？', ('a + b',), _CLOCK, 60),
-    ('進出', '加減', '中等', '[who]有[a][c][it]，又買了[b][c]，再用掉[d][c]，還剩幾[c]？', ('a + b', 'x - d'),
-     lambda n: (*_pair(5, 9)(n), 1 + n // 25 % 9), 225),
-    ('找錢', '購物', '中等', '[it]每[c][a]元，[who]買[b][c]，付了[d]元，找回幾元？', ('a * b', 'd - x'),
-     lambda n: (*_MUL(n), (_MUL(n)[0] * _MUL(n)[1] // 10 + 1 + n // 64 % 2) * 10), 128),
-    ('散裝', '乘加', '中等', '[who]有[b]箱[it]，每箱[a][c]，另外還有[d][c]，共有幾[c]？', ('a * b', 'x + d'),
-     lambda n: (*_MUL(n), 1 + n // 64 % 9), 576),
-    ('先用後分', '減除', '中等', '[who]有[a][c][it]，用掉[d][c]，剩下的平分給[b]人，每人幾[c]？', ('a - d', 'x / b'),
-     lambda n: (_DIV(n)[0] + 1 + n // 64 % 5, _DIV(n)[1], 1 + n // 64 % 5), 320),
-    ('周長', '幾何', '中等', '[who]的花圃長[a]公尺、寬[b]公尺，繞一圈是幾公尺？', ('a + b', 'x * 2'), _ADD, 81),
-]]
+def check_evidence(
+    question: str, # What is asked, perhaps several things
+    title: str, # Title of the source
+    text: str, # The source and the summaries
+    manner: Manner = Manner(),
+) -> dict: # {'reason': str, 'sufficient': bool, 'queries': [str, ...]}
+    "Tell whether there is a near sentence for each part of a question."
+    parts = [part for part in re.findall('[^？?]+[？?]', question) or [question] if terms(part)]
+    answers = lambda part, near, sentence: near >= 0.6 or near >= 0.3 and fits(part, sentence)
+    open_parts = [part for part in parts
+                  if not any(answers(part, near, sentence) for near, _, sentence in nearest(part, text, title)[:3])]
+    sufficient = (not open_parts) != manner.slips('evidence', question, text)
+    reason = f'還缺少「{open_parts[0]}」的資料' if open_parts else '每個部分都有相近的句子'
+    return {'reason': reason, 'sufficient': sufficient,
+            'queries': [] if sufficient else expand_query((open_parts or parts or [question])[0], 3)}
 
 # %% ../nbs/03_offline.ipynb #03000042
-THINGS = {
-    '民宿': '條毛巾', '教師': '本作業', '老師': '本作業', '工程師': '支隨身碟', '司機': '瓶礦泉水', '碗粿': '碗碗粿', '技術員': '個零件',
-    '鳳梨': '顆鳳梨', '漁': '條魚', '稻': '包白米', '米': '包白米', '蔥油餅': '張蔥油餅', '咖啡': '包咖啡豆', '桌遊': '盒桌遊', '木雕': '件木雕',
-    '甜點': '個蛋糕', '護理師': '卷紗布', '陶': '個陶碗', '貓': '個貓罐頭', '飲食': '本食譜', '淨灘': '個寶特瓶', '書法': '支毛筆',
-    '背包客': '條毛巾', '天文': '張星圖', '學測': '本參考書', '機車': '個輪胎', '社工': '個便當', '布袋戲': '個戲偶', '布': '匹布', '旗袍': '匹布',
-    '擂茶': '包擂茶', '茶': '包茶葉', '馬拉松': '瓶運動飲料', '跑船': '箱魚', '藥師': '盒藥', '神話': '本故事書', '越南': '碗河粉', '火車': '張車票', '鐵路': '張車票',
-    '餅': '盒糕餅', '花': '盆花', '紙': '張紙', '消防': '個頭燈', '搜救': '捆繩索', '理財': '份報表', '書店': '本書', '單車': '條內胎',
-    '導覽': '張門票', '小卷': '串烤小卷', '釣': '個魚鉤', '軍人': '個啞鈴', '草莓': '盒草莓', '清潔': '個垃圾袋', '羽球': '個羽球',
-    '潛水': '支氧氣瓶', '船': '塊木板', '唱片': '張唱片', '海菜': '包海菜', '母親': '盒藥', '插畫': '張畫紙', '補習班': '張考卷', '菇': '包香菇',
-    '火雞': '碗火雞肉飯', '地圖': '張地圖', '戰機': '個螺絲', '國中': '本筆記本', '動物': '包飼料', '學生': '支鉛筆'}
-COMMON = ['顆蘋果', '顆橘子', '個便當', '杯豆漿', '個包子', '張車票', '支鉛筆', '顆芭樂', '個飯糰', '本筆記本']
+ENGLISH = {
+    'photosynthesis': '光合作用', 'semiconductor': '半導體', 'semiconductors': '半導體', 'typhoon': '颱風',
+    'typhoons': '颱風', 'tide': '潮汐', 'tides': '潮汐', 'plate tectonics': '板塊運動', 'seismic wave': '地震波',
+    'seismic waves': '地震波', 'mangrove': '紅樹林', 'integrated circuit': '積體電路', 'coral reef': '珊瑚礁',
+    'coral reefs': '珊瑚礁', 'large language model': '大型語言模型', 'oolong tea': '烏龍茶', 'calligraphy': '書法',
+    'retrieval-augmented generation': '檢索增強生成', 'sky lantern': '天燈'}
+KNOWN_KINDS = re.compile(r'(?:(what (?:is|are)|define)|(how (?:do|does))|(?:explain|describe)) (?:an? |the )?([\w -]+?)'
+                         r'(?: works?)?[.?!]?', re.I)
 
-def persona_parts(
-    persona: str, # e.g. '一位在臺東池上種稻、喜歡拍攝星空的返鄉青年'
-    draw: int = 0, # Chooses where there is a choice
-) -> tuple[str, str, str]: # Person, classifier and thing, e.g. '返鄉青年', '包', '白米'
-    "Take what an arithmetic problem can mention from a persona."
-    who = re.sub('^一[位名個]', '', re.split('的', persona.rstrip('。'))[-1].strip())
-    place = re.search('在(臺北|新北|桃園|臺中|臺南|高雄|基隆|新竹|嘉義|苗栗|彰化|南投|雲林|屏東|宜蘭|花蓮|臺東|澎湖|金門|馬祖)', persona)
-    if place and len(who) <= 4 and draw % 2: who = f'{place[1]}的{who}'
-    if not re.fullmatch(r'[\u4e00-\u9fff]{1,9}', who): who = ['小安', '阿宏', '小梅', '雅婷'][draw % 4]
-    own = list(dict.fromkeys(thing for word, thing in THINGS.items() if word in persona))
-    thing = (own or COMMON)[draw // 2 % len(own or COMMON)]
-    return who, thing[0], thing[1:]
-
-# %% ../nbs/03_offline.ipynb #03000043
-def write_problem(
-    persona: str, # Whose life the problem is from
-    kind: str = '', # A kind or name of a family; anything else leaves the choice free
-    difficulty: str = '', # '簡單' or '中等'; anything else leaves the choice free
-    sample: int = 0, # Another sample is another problem
-) -> tuple[str, int]: # The problem and its answer
-    "Write an arithmetic problem whose answer is known by construction."
-    free = difficulty not in ('簡單', '中等')
-    fitting = [family for family in MATH_FAMILIES if free or difficulty == family.difficulty]
-    fitting = [family for family in fitting if kind and kind in (family.kind, family.name)] or fitting
-    draw = int(content_hash(['problem', persona, kind, difficulty, sample]), 16)
-    family = fitting[draw % len(fitting)]
-    who, classifier, thing = persona_parts(persona, draw // 1000)
-    numbers = family.numbers(draw // 100_000 % family.space)
-    return _fill_problem(family, who, classifier, thing, numbers), calculate(family, numbers)[-1][1]
-
-def _fill_problem(
-    family: Family, # What kind of problem
-    who: str, # Person
-    classifier: str, # Of the thing
-    thing: str, # What is counted
-    numbers: tuple, # a, b and perhaps d
-) -> str: # The problem
-    "Fill the wording of a family."
-    fields = {'who': who, 'c': classifier, 'it': thing, **dict(zip('abd', numbers))}
-    return re.sub(r'\[(\w+)\]', lambda hole: str(fields[hole[1]]), family.wording)
-
-def calculate(
-    family: Family, # What kind of problem
-    numbers: tuple[int, ...], # a, b and perhaps d
-) -> list[tuple[str, int | None]]: # Each step ('3 + 4') and its result, None if it is no whole number
-    "Go through the steps of a family."
-    values, done = dict(zip('abd', numbers)), []
-    for step in family.steps:
-        written = re.sub('[abdx]', lambda name: str(values[name[0]]), step)
-        values['x'] = evaluate(written)
-        done.append((written, values['x']))
-        if values['x'] is None: break
-    return done
-
-def evaluate(
-    calculation: str, # Two or more whole numbers with + - * /, e.g. '12 / 3'
-) -> int | None: # The result, None if it is no whole number or the calculation is no calculation
-    "Calculate from left to right, times and divided before plus and minus."
-    parts = re.findall(r'\d+|[-+*/]', calculation)
-    if not re.fullmatch(r'\s*\d+(?:\s*[-+*/]\s*\d+)*\s*', calculation): return None
-    addends, sign = [Fraction(int(parts[0]))], 1
-    for operator, number in zip(parts[1::2], map(int, parts[2::2])):
-        if operator == '/' and number == 0: return None
-        if operator in '*/': addends[-1] = addends[-1] * number if operator == '*' else addends[-1] / number
-        else: addends.append(Fraction(number if operator == '+' else -number))
-    total = sum(addends)
-    return int(total) if total.denominator == 1 else None
-
-# %% ../nbs/03_offline.ipynb #03000046
-def _pattern(family, number):
-    seen, parts = set(), []
-    for text, hole in re.findall(r'([^\[]*)(?:\[(\w+)\])?', family.wording):
-        if len(hole) == 1 and hole != 'c': group = f'(?P<{hole}>{number})'
-        elif hole in seen: group = f'(?P={hole})'
-        else: group = f'(?P<{hole}>[^\\d，。？]{{1,{1 if hole == "c" else 12}}}?)'
-        parts.append(re.escape(text) + (group if hole else ''))
-        seen.add(hole)
-    return re.compile(''.join(parts))
-
-PATTERNS = [(family, _pattern(family, r'\d+'), _pattern(family, r'(?:\d+|一些|若干|好幾|幾)?'))
-            for family in MATH_FAMILIES]
-
-def recognise(
-    problem: str, # Any problem
-) -> tuple[Family, tuple[int | None, ...]] | None: # Family and numbers (None: missing), or no known wording
-    "Find the family a problem belongs to."
-    text = re.sub(r'\s', '', unicodedata.normalize('NFKC', problem)).replace(',', '，').replace('?', '？')
-    for family, strict, loose in PATTERNS:
-        match = strict.fullmatch(text) or loose.fullmatch(text)
-        if match:
-            found = [match[name] or '' for name in 'abd' if name in strict.groupindex]
-            return family, tuple(int(number) if number.isdigit() else None for number in found)
-    return None
-
-def solve_problem(
-    problem: str, # Any problem
-) -> tuple[str, str] | None: # The steps as text and the answer; None if it is no known or no solvable problem
-    "Solve a problem of a known family, or a bare calculation."
-    found = recognise(problem)
-    if found and None not in found[1]:
-        steps = calculate(*found)
-        if any(result is None or result < 0 for _, result in steps): return None
-        return '\n'.join(f'{written} = {result}' for written, result in steps), str(steps[-1][1])
-    text = unicodedata.normalize('NFKC', problem).translate(str.maketrans('×÷', '*/'))
-    bare = re.fullmatch(r'\D{0,12}?(\d+(?:\s*[-+*/]\s*\d+)+)\s*(?:=|等於|是)?\s*(?:多少|幾|\?)*[?。]?\s*', text)
-    result = evaluate(bare[1]) if bare else None
-    return (f'{bare[1].strip()} = {result}', str(result)) if result is not None else None
-
-# %% ../nbs/03_offline.ipynb #03000048
-def check_problem(
-    problem: str, # Any problem
+def rewrite_english(
+    prompt: str, # An English instruction
     manner: Manner = Manner(),
-) -> dict: # {'solvable': bool, 'reason': str}
-    "Tell whether a problem has an answer."
-    found, reason = recognise(problem), ''
-    if found and None in found[1]: reason = '題目少了必要的數字'
-    elif found:
-        results = [result for _, result in calculate(*found)]
-        if None in results: reason = '無法整除，或除數是0'
-        elif min(results) < 0: reason = '結果會是負數，與題意不合'
-    elif len(re.findall(r'\d+', problem)) < 2: reason = '題目的數字不足'
-    elif not re.search('[？?]|多少|幾|求', problem): reason = '題目沒有提問'
-    solvable = not reason
-    if manner.slips('solvable', problem): solvable = not solvable
-    return {'solvable': solvable, 'reason': reason or ('條件足夠' if found else '條件看來足夠，但不是認得的題型')}
+) -> str: # The same in Chinese with the term in brackets, '' if it is of no known kind
+    "Say an English instruction of a known kind in Chinese."
+    known = KNOWN_KINDS.fullmatch(prompt.strip())
+    term = known and ENGLISH.get(known[3].lower())
+    if not term: return ''
+    if manner.slips('english', prompt): return f'請說明{term}。'
+    named = f'{term}（{known[3].lower()}）'
+    return f'什麼是{named}？' if known[1] else f'{named}如何運作？' if known[2] else f'請說明{named}。'
 
-# %% ../nbs/03_offline.ipynb #03000050
-def pose_problem(
-    persona: str, # Whose life
-    kind: str, # Kind of the problem
-    difficulty: str, # '簡單' or '中等'
-    manner: Manner = Manner(), # If careless, every second problem cannot be solved
-) -> str: # A problem
-    "Write a problem in a manner."
-    sample = manner.sample if manner.seed is None else manner.number('pose') % 10**9
-    problem, _ = write_problem(persona, kind, difficulty, sample)
-    if not manner.slips('problem', problem): return problem
-    family, numbers = recognise(problem)
-    if family.steps == ('a - b',): return _swap_numbers(problem, numbers)
-    return re.sub(r'\d+', '一些' if manner.number(problem) % 2 else '', problem, count=1)
-
-def _swap_numbers(
-    problem: str, # A problem with two numbers
-    numbers: tuple[int, ...], # Those
-) -> str: # The problem the other way round
-    "Exchange the two numbers of a problem."
-    turned = iter([numbers[1], numbers[0]])
-    return re.sub(r'\d+', lambda _: str(next(turned)), problem)
-
-def write_solution(
-    problem: str, # Any problem
+def follow_up(
+    conversation: str, # What was said so far
+    title: str, # Title of the source
+    text: str, # The source
     manner: Manner = Manner(),
-) -> str: # Steps, then a last line 答案：N; if the problem is unknown, a sentence that says so
-    "Solve a problem in a manner."
-    solved = solve_problem(problem)
-    if not solved: return '這不是我認得的題型，我只會依規則計算，無法解這一題。'
-    steps, answer = solved
-    if manner.slips('solution', problem):
-        wrong = str(max(0, int(answer) + [1, -1, 2, 10, -2][manner.number(problem) % 5]))
-        wrong = wrong if wrong != answer else str(int(answer) + 1)
-        steps, answer = re.sub(r'\d+$', wrong, steps), wrong
-    return f'答案：{answer}' if manner.model == 'brief' else f'{steps}\n答案：{answer}'
+) -> dict: # {'question': as said in a conversation, 'standalone': on its own}; both '' if nothing is left
+    "Ask what else the text answers."
+    fresh = [sentence for sentence in sentences(text) if sentence.rstrip('。') not in conversation]
+    offers = [(-worth, manner.number(asked), asked) for sentence in fresh
+              for asked, worth in questions_about(sentence, title)[:1]
+              if asked not in conversation and not re.search('什麼是|是什麼', asked)]
+    if not offers: return {'question': '', 'standalone': ''}
+    chosen = min(offers)[2]
+    if manner.slips('follow', conversation): chosen = chosen.replace(title, '它')
+    said = re.sub(f'^{re.escape(title)}(?=[的在位是由有最會])', '它', chosen)
+    return {'question': f'那麼，{said}', 'standalone': chosen}
 
-# %% ../nbs/03_offline.ipynb #03000052
-def check_solution(
-    problem: str, # Any problem
-    solution: str, # Steps and a last line 答案：N
-    manner: Manner = Manner(),
-) -> dict: # {'correct': bool, 'error': str}
-    "Recalculate every written equation, then the problem itself."
-    error = _first_error(problem, solution)
-    if manner.slips('critic', problem, solution): error = '' if error else '答案看來不合理'
-    return {'correct': not error, 'error': error}
-
-def _first_error(
-    problem: str, # Any problem
-    solution: str, # Its solution
-) -> str: # What is wrong, '' if nothing is
-    "Find the first error of a solution."
-    text = unicodedata.normalize('NFKC', solution).translate(str.maketrans('×÷', '*/'))
-    for left, right in re.findall(r'(\d+(?:\s*[-+*/]\s*\d+)+)\s*=\s*(\d+)', text):
-        if evaluate(left) != int(right): return f'計算錯誤：{left} 不等於 {right}'
-    stated = re.findall(r'答案\s*[::]\s*(-?\d+)', text)
-    if not stated: return '沒有寫出答案'
-    solved = solve_problem(problem)
-    if solved and solved[1] != stated[-1]: return f'答案錯誤：應為{solved[1]}，不是{stated[-1]}'
-    results = re.findall(r'=\s*(-?\d+)', text)
-    return f'答案{stated[-1]}與最後一步的{results[-1]}不一致' if results and results[-1] != stated[-1] else ''
-
-# %% ../nbs/03_offline.ipynb #03000055
+# %% ../nbs/03_offline.ipynb #03000045
 INTENTS = [
     (r'JSON|表格|條列|欄位', '格式要求'), (r'假設你|扮演|角色', '情境扮演'), (r'一步一步|逐步|分析', '逐步分析'),
     (r'寫一篇|短文|作文|write a|compose|essay|story|poem', '寫作'), (r'翻譯|translate', '翻譯'),
@@ -794,7 +602,7 @@ def tag_intent(
     tags += [tag for form, tag in FIELDS if re.search(form, question)][:2]
     return tags or (['閒聊'] if len(question) < 8 else ['英文問答'] if question.isascii() else ['一般問答'])
 
-# %% ../nbs/03_offline.ipynb #03000057
+# %% ../nbs/03_offline.ipynb #03000047
 def score_answer(
     question: str, # What was asked
     answer: str, # What was answered
@@ -806,7 +614,7 @@ def score_answer(
     return {'reason': reason, 'score': score}
 
 def _known_score(question, answer):
-    error = _first_error(question, answer)
+    error = first_error(question, answer)
     if error: return 2, error
     return (10, '計算正確，步驟完整') if '=' in answer else (8, '答案正確，但沒有寫出步驟')
 
@@ -840,7 +648,7 @@ def compare_answers(
     if manner.model == 'brief': return verdict
     return f'{own}\n回答A：{first["reason"]}。\n回答B：{second["reason"]}。\n{verdict}'
 
-# %% ../nbs/03_offline.ipynb #03000059
+# %% ../nbs/03_offline.ipynb #03000049
 def grade_answer(
     question: str, # What was asked
     reference: str, # A right answer
@@ -884,7 +692,7 @@ def rewrite_answer(
     if manner.slips('rewrite', question, answer): text = _spoil(text, [text], manner)
     return sentences(text)[0] if manner.model == 'brief' and text else text
 
-# %% ../nbs/03_offline.ipynb #03000062
+# %% ../nbs/03_offline.ipynb #03000052
 QUOTED = '[「『“"]([^」』”"]+)[」』”"]'
 
 def obey_rules(
@@ -946,28 +754,31 @@ def _material(messages):
     if len(said[-1]) == 1: said = said[:-1]
     return '\n'.join(part for parts in said for part in parts if not RULE.search(part))
 
-# %% ../nbs/03_offline.ipynb #03000065
+# %% ../nbs/03_offline.ipynb #03000055
 def _json(value): return json.dumps(value, ensure_ascii=False)
 
 TASKS = { # Task → answer from its inputs (a missing input is '') and a manner
     '提出問題': lambda t, m: _json({
         'questions': write_questions(t['title'], t['text'], whole_number(t['count'], 3), m)}),
+    '好奇提問': lambda t, m: _json(be_curious(t['title'], t['text'], whole_number(t['count'], 3), m)),
+    '改寫問題': lambda t, m: _json({'question': restore_subject(t['question'], t['title'], m)}),
+    '改寫英文指令': lambda t, m: _json({'prompt': rewrite_english(t['prompt'], m)}),
     '演化問題': lambda t, m: _json({'question': evolve_question(t['method'], t['question'], t['text'], m)}),
     '擴展查詢': lambda t, m: _json({'queries': expand_query(t['question'], whole_number(t['count'], 5), m)}),
     '判斷相關': lambda t, m: _json(judge_relevance(t['question'], t['title'], t['text'], m)),
     '摘要重點': lambda t, m: _json({'summary': summarise(t['question'], t['title'], t['text'], manner=m)}),
+    '檢查證據': lambda t, m: _json(check_evidence(t['question'], t['title'], f"{t['text']}\n{t['summaries']}", m)),
+    '接續提問': lambda t, m: _json(follow_up(t['conversation'], t['title'], t['text'], m)),
     '撰寫回答': lambda t, m: compose_answer(t['question'], t['title'], t['text'], t['summaries'], m),
+    '回答指令': lambda t, m: compose_answer(t['prompt'], '', t['summaries'], '', m) if t['summaries'] else CONFESSION,
     '評估品質': lambda t, m: _json(rate_text(t['title'], t['text'], m)),
     '反推指令': lambda t, m: _json({'prompt': guess_prompt(t['title'], t['text'], m)}),
-    '出數學題': lambda t, m: _json({'problem': pose_problem(t['persona'], t['kind'], t['difficulty'], m)}),
-    '檢查題目': lambda t, m: _json(check_problem(t['problem'], m)),
-    '解數學題': lambda t, m: write_solution(t['problem'], m),
-    '檢查解答': lambda t, m: _json(check_solution(t['problem'], t['solution'], m)),
     '標記意圖': lambda t, m: _json({'tags': tag_intent(t['question'], m)}),
     '評分回答': lambda t, m: _json(score_answer(t['question'], t['answer'], m)),
     '重寫回答': lambda t, m: rewrite_answer(t['question'], t['answer'], m),
     '比較回答': lambda t, m: compare_answers(t['question'], t['answer_a'], t['answer_b'], m),
     '對照評分': lambda t, m: _json(grade_answer(t['question'], t['reference'], t['answer'], m)),
+    **MATH_TASKS,
 }
 
 def whole_number(
@@ -993,6 +804,7 @@ def reply(
     manner = Manner(model, sample, seed)
     for message in reversed(messages):
         name, inputs = read_prompt(message['content']) if message['role'] == 'user' else ('', {})
+        if name == '修正回答': return reply(messages[:-2], model, sample + 1, seed)
         if name and name not in TASKS:
             raise UserError(f'the offline teacher knows no task {name}; it knows {"、".join(TASKS)}')
         if name: return TASKS[name](_Inputs(inputs), manner)

@@ -25,7 +25,8 @@ import kyara
 from .core import (UserError, code_version, fingerprint, model_settings, parse_object,
                         read_manifest, read_rows, sample_path, settings_path, write_text)
 from .report import (counts_text, read_notebook, read_record, score_table, stage_table, text_table,
-                          trace_lines, trace_row, write_report)
+                          write_report)
+from .trace import trace_lines, whole_trace
 
 # %% ../nbs/20_run.ipynb #20000004
 def suggest(
@@ -651,9 +652,9 @@ def command_report(arguments) -> int:
 # %% ../nbs/20_run.ipynb #20000056
 def command_trace(arguments) -> int:
     "Print a row's origin."
-    tree, calls = trace_row(arguments.row, arguments.run)
+    tree, calls, shares = whole_trace(arguments.row, arguments.run)
     if arguments.json: print_json({**tree, 'calls': {name: asdict(entry) for name, entry in calls.items()}})
-    else: print('\n'.join(trace_lines(tree, calls)))
+    else: print('\n'.join(trace_lines(tree, calls, shares)))
     return 0
 
 def print_json(

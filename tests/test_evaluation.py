@@ -5,8 +5,8 @@ import time
 import pytest
 
 from kyara.core import UserError
-from kyara.evaluate import (BENCHMARKS, MATH_HELD_OUT, comparison_table, evaluate_models, figures, paired_difference,
-                            read_items, run_generation)
+from kyara.evaluate import (BENCHMARKS, MATH_HELD_OUT, comparison_table, contaminated_items, evaluate_models, figures, item_texts,
+                            paired_difference, read_items, run_generation, script_difference, tokens_per_character)
 from kyara.llm import Reply
 from kyara.score import score_rows
 
@@ -67,6 +67,24 @@ def test_local_models_generate_and_measure(tmp_path):
     assert comparison_table(scores).startswith('| benchmark (rule) | n | seed 0 | seed 1 |')
     assert paired_difference(transcripts, 'preference-held-out', 'seed 0', 'seed 1')['n'] == 20
 
+def test_items_that_stood_in_training_rows_are_found(tmp_path):
+    path = write(tmp_path/'items.jsonl', [problem(1), {**problem(2), 'messages': [{'role': 'user', 'content': '阿嬤種了3排芒果樹，每排7棵，共有幾棵芒果樹？'},
+                                                                                  {'role': 'assistant', 'content': '答案：21'}]}])
+    turn = {'role': 'user', 'content': '请算算看：阿嬷种了3排芒果树，每排7棵，共有几棵芒果树？'} # In the other script
+    rows = write(tmp_path/'rows.jsonl', [{'id': 'r', 'messages': [turn]}])
+    assert contaminated_items(item_texts({'math-held-out': str(path)}), [str(rows)]) == {('math-held-out', '2')}
+
+def test_one_model_on_two_scripts(tmp_path):
+    row = lambda name, item, score: {'benchmark': name, 'item_id': f'physics/{item}', 'model': 'kyara', 'score': score, 'extracted': 'A', 'finish_reason': 'stop'}
+    rows = [row('tmmluplus', number, float(number % 2)) for number in range(40)] + [row('tmmluplus-simplified', number, 1.0) for number in range(40)]
+    got = script_difference(rows, 'kyara', 'tmmluplus', 'tmmluplus-simplified')
+    assert got['difference'] == 50 and 30 < got['low'] < 50 < got['high'] < 70 and got['n'] == 40
+    with pytest.raises(UserError, match='share no item'): script_difference(rows[:40], 'kyara', 'tmmluplus', 'tmmluplus-simplified')
+    from kyara.sft import make_student
+    texts = ['臺灣最高的山是玉山。'] * 50
+    student = str(make_student(texts, tmp_path/'model', vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=1))
+    assert tokens_per_character(student, texts[:1]) < tokens_per_character(student, ['台湾最高的岭是雪峰。'])
+
 HOSTILE = ['{' * 10**6, '{"a":' * 2 * 10**5, '[' * 10**6, '\\' * 10**6, '9' * 10**6, '"answer": "' * 10**5, '{"answer": [[' + '9' * 10**6,
            '{}' * 5 * 10**5, '[[' + '1' * 10**6, "{'" * 3 * 10**5 + "': 1" * 10**5 + '}', '{"answer": ' + '[' * 10**5 + ']' * 10**5 + '}']
 
@@ -84,5 +102,6 @@ def test_hostile_text_takes_linear_time(text):
     names = ['数学计算', '逻辑推理', '基本任务', '中文理解', '综合问答', '文本写作', '角色扮演', '专业能力']
     score_rows('alignbench', [{'id': name, 'category': name, 'judgment': text} for name in names])
     score_rows('chinese-reason-bench', [{'id': 1, 'judge_score': 5}, {'id': 2, 'judgment': text}])
-    for benchmark in ('gsm8k', 'math-held-out'): BENCHMARKS[benchmark].extract(text, {})
+    for benchmark in ('gsm8k', 'crux', 'mmlu-redux', 'tmmluplus', 'math-held-out'): BENCHMARKS[benchmark].extract(text, {})
+    for benchmark in ('mt-bench', 'arena-hard', 'alpaca_eval', 'alignbench', 'chinese-reason-bench'): BENCHMARKS[benchmark].judge.verdict(text)
     assert time.perf_counter() - start < 60 # Quadratic time would be hours; a busy machine is only slow
