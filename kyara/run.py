@@ -669,7 +669,7 @@ def command_search(arguments) -> int:
     if not arguments.question.strip(): raise UserError('the question is empty')
     if not arguments.kb.strip(): raise UserError('--kb is empty; name the folder of an index stage')
     from kyara.index import KnowledgeBase
-    hits = KnowledgeBase.open(arguments.kb).search([arguments.question], arguments.k)[0]
+    hits = KnowledgeBase.open(arguments.kb).search([arguments.question], arguments.k, arguments.source)[0]
     if arguments.json: print_json([asdict(hit) for hit in hits])
     if not hits and not arguments.json: print('nothing found')
     for hit in [] if arguments.json else hits:
@@ -852,6 +852,7 @@ def _add_model_commands(commands):
     search.add_argument('question')
     search.add_argument('--kb', required=True, metavar='LOCATION', help='folder of an index stage')
     search.add_argument('-k', type=positive, default=5, help='hits to show (5)')
+    search.add_argument('--source', action='append', metavar='NAME', help='only documents of this source; may be repeated')
     search.add_argument('--json', action='store_true', help='print JSON')
     ask = _command(commands, command_ask, 'ask a model every prompt of a file, each paid once',
                    'kyara ask --model offline --in prompts.jsonl --out replies.jsonl --ledger calls.sqlite')

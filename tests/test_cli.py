@@ -189,6 +189,7 @@ def test_search_prints_hits(inside, capsys):
     hit, = json.loads(capsys.readouterr().out)
     assert {'id', 'doc_id', 'title', 'text', 'start', 'end', 'score'} <= hit.keys()
     assert (hit['doc_id'], hit['text'], hit['start'], hit['end']) == ('yushan', YUSHAN, 0, len(YUSHAN))
+    assert main(['search', '玉山有多高', '--kb', 'kb', '--source', 'nowhere']) == 0 and capsys.readouterr().out == 'nothing found\n'
     assert main(['search', '？！', '--kb', 'kb']) == 0 and capsys.readouterr().out == 'nothing found\n'
 
 def test_documents_may_come_as_text_rows_or_parquet(inside, capsys):
