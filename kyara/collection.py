@@ -143,7 +143,7 @@ PART = 10_000 # Chunks; a process of its own is worth its start
 class Indexer:
     "A process that indexes one part after another."
     def __init__(self, folder: Path):
-        self.folder, self.busy = folder, False
+        self.folder, self.busy, self.count = folder, False, 0
         command = [sys.executable, '-c', 'from kyara.collection import serve_parts; serve_parts()']
         settings = os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=settings)
@@ -151,7 +151,7 @@ class Indexer:
     def send(self, rows: list[dict], average: float, dense: np.ndarray | None):
         "Begin with a part; nothing may be under way."
         job = {'folder': str(self.folder), 'average': average, 'dimensions': dense.shape[1] if dense is not None else 0}
-        self.busy, pipe = True, self.process.stdin
+        self.busy, self.count, pipe = True, len(rows), self.process.stdin
         try:
             for line in (job, rows): pipe.write(orjson.dumps(line) + b'\n')
             if dense is not None: pipe.write(dense.tobytes())
@@ -195,7 +195,7 @@ class EdgeStore:
     def __init__(self, folder: Path, dimensions: int = 0):
         import qdrant_edge
         self.edge, self.folder, self.indexers, self.moved, self._shard = qdrant_edge, folder, [], 0, None
-        shutil.rmtree(folder / 'parts', ignore_errors=True) # of a build that was interrupted
+        self.stop() # A build that was killed may have left parts
         self._shard = open_shard(folder / 'shard', dimensions)
 
     @property
@@ -213,11 +213,12 @@ class EdgeStore:
         if len(self.indexers) < min(4, usable_processors()): indexer = Indexer(self.folder / 'parts' / str(len(self.indexers)))
         else: indexer = self.indexers.pop(0)
         self.indexers.append(indexer)
-        if indexer.busy: self._adopt(indexer.wait())
+        if indexer.busy: self._adopt(indexer)
         indexer.send(rows, average, dense)
-        self.moved += len(rows)
 
-    def _adopt(self, part):
+    def _adopt(self, indexer):
+        part = indexer.wait()
+        self.moved += indexer.count
         if self._shard: self._shard.flush()
         self._close()
         for segment in (part / 'segments').iterdir():
@@ -232,16 +233,17 @@ class EdgeStore:
     def settle(self):
         "Wait for all parts; make the points durable and the search fast."
         for indexer in self.indexers:
-            if indexer.busy: self._adopt(indexer.wait())
-        self.stop()
+            if indexer.busy: self._adopt(indexer)
         self.shard.optimize()
         self.shard.flush()
         assert self.shard.info().points_count >= self.moved, 'the engine does not see all parts'
+        self.stop()
 
     def stop(self):
-        "End what other processes do."
+        "End what other processes do, and remove what they had not finished."
         for indexer in self.indexers: indexer.stop()
-        self.indexers = []
+        self.indexers, self.moved = [], 0
+        shutil.rmtree(self.folder / 'parts', ignore_errors=True)
 
     def remove(self, ids: list[str]):
         "Delete chunks."
@@ -290,7 +292,9 @@ class ClientStore:
     def __init__(self, client, collection: str, place: str, dimensions: int = 0, must_exist: bool = False):
         from qdrant_client import models
         self.client, self.collection, self.place, self.models = client, collection, place, models
-        if self._call('collection_exists'): return
+        if self._call('collection_exists'):
+            if self.read_state() or not self._call('count').count: return
+            raise UserError(f'the collection {collection} at {place} holds points that Kyara did not make; name another one')
         if must_exist: raise UserError(f'{place} has no collection {collection}; build one with the index stage')
         sparse = {'lexical': models.SparseVectorParams(modifier=models.Modifier.IDF)}
         dense = {'dense': models.VectorParams(size=dimensions, distance=models.Distance.COSINE)} if dimensions else {}
@@ -306,7 +310,9 @@ class ClientStore:
             raise UserError(f'no Qdrant server answers at {self.place} ({error}); '
                             'start it, or mend [qdrant] url in settings.ini') from None
         except UnexpectedResponse as error:
-            if error.status_code not in (401, 403): raise
+            if error.status_code not in (401, 403):
+                raise UserError(f'the Qdrant server at {self.place} refuses {method} on {self.collection} ({error.status_code}); '
+                                'look into its log, or name another collection') from None
             raise UserError(f'the Qdrant server at {self.place} refuses the key; '
                             'mend the variable that [qdrant] api_key_env names in settings.ini') from None
 

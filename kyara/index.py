@@ -210,7 +210,7 @@ class KnowledgeBase:
         for query, points in zip(queries, self.store.search(queries, using, depth + 1, sources), strict=True):
             size = depth + 1
             while len(points) == size and points[depth - 1].score == points[-1].score and size < 2000:
-                size *= 8 # Among equals the engine's choice is chance; ours are those with the lowest ids
+                size *= 2 # Among equals the engine's choice is chance; ours are those with the lowest ids
                 points, = self.store.search([query], using, size, sources)
             yield points[:depth] if size == depth + 1 else sorted(points, key=lambda point: (-point.score, str(point.id)))[:depth]
 

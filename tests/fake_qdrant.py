@@ -53,6 +53,7 @@ class FakeQdrant:
         if action == 'points/delete':
             client.delete(collection, models.PointIdsList(**body))
             return done
+        if action == 'points/count': return {'count': client.count(collection).count}
         if action == 'points': return client.retrieve(collection, body['ids'])
         if action == 'points/scroll':
             points, offset = client.scroll(collection, limit=body['limit'], offset=body.get('offset'))

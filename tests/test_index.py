@@ -4,6 +4,7 @@ import json, multiprocessing, os, signal
 import pytest
 from fake_qdrant import FakeQdrant
 from passages import DOCUMENTS, DRCD, MOUNTAIN, RAILWAY, RIVER, needs_drcd, split
+from qdrant_client import models
 
 import kyara.collection
 import kyara.index
@@ -75,8 +76,10 @@ def test_parts_that_other_processes_index_score_as_if_written_here(tmp_path, mon
     monkeypatch.setattr(kyara.index, 'PART', 60)
     with KnowledgeBase.build(documents, tmp_path, embedding='hashing:32') as kb:
         assert kb.search(questions, k=3, by='sparse') == expected and list(kb.chunks()) == rows
-        assert len(list((tmp_path / 'shard/segments').iterdir())) >= 4 and not any((tmp_path / 'parts').iterdir())
+        assert len(list((tmp_path / 'shard/segments').iterdir())) >= 4 and not (tmp_path / 'parts').exists()
     with KnowledgeBase.open(tmp_path) as kb: assert gold_ranks(kb, [(question, f'd{5 * n}') for n, question in enumerate(questions)], 3, 'sparse').count(1) == 50
+    with KnowledgeBase.build(documents, tmp_path / 'open') as kb, KnowledgeBase.build(documents[:150], tmp_path / 'open') as fewer:
+        assert fewer.store is kb.store and len(list(fewer.chunks())) == 150
     with KnowledgeBase.build(documents[100:], tmp_path, embedding='hashing:32') as kb: assert list(kb.chunks()) == [row for row in rows if int(row['doc_id'][1:]) >= 100]
 
 def test_a_part_whose_process_is_killed_is_done_again(tmp_path, monkeypatch):
@@ -87,7 +90,8 @@ def test_a_part_whose_process_is_killed_is_done_again(tmp_path, monkeypatch):
             yield document
     started, original = [], kyara.collection.Indexer.__init__
     monkeypatch.setattr(kyara.collection.Indexer, '__init__', lambda self, folder: (original(self, folder), started.append(self)) and None)
-    with pytest.raises(UserError, match='a process that was indexing died'): KnowledgeBase.build(stream(), tmp_path)
+    with pytest.raises(UserError, match='a process that was indexing died') as failure: KnowledgeBase.build(stream(), tmp_path)
+    assert failure.tb and not (tmp_path / 'parts').exists(), 'the store is still open here, and half a part is gone'
     assert all(indexer.process.poll() is not None for indexer in started), 'no process is left'
     with pytest.raises(UserError, match='interrupted'): KnowledgeBase.open(tmp_path)
     with KnowledgeBase.build(many(750), tmp_path) as kb: assert len(list(kb.chunks())) == 750
@@ -156,6 +160,10 @@ def test_a_server_gives_what_the_folder_gives(tmp_path, monkeypatch):
         KnowledgeBase.build(documents, place, embedding='hashing:64').close()
         assert len([path for method, path in server.requests if method == 'PUT']) == writes, 'the same corpus writes nothing'
         with KnowledgeBase.build(documents[:2], place, embedding='hashing:64') as kb: assert len(list(kb.chunks())) == len(kb) == 2
+        server.client.create_collection('theirs', {}, sparse_vectors_config={})
+        server.client.upsert('theirs', [models.PointStruct(id=7, vector={}, payload={'text': '別人的資料'})])
+        with pytest.raises(UserError, match='theirs .* that Kyara did not make'): KnowledgeBase.build(documents, f'{server.url}/theirs')
+        assert server.client.count('theirs').count == 1, 'nobody else loses anything'
         with pytest.raises(UserError, match='no collection other'): KnowledgeBase.open(f'{server.url}/other')
         monkeypatch.setenv('KYARA_TEST_QDRANT', 'wrong')
         with pytest.raises(UserError, match='refuses the key') as error: KnowledgeBase.open(place)
