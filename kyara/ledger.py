@@ -151,15 +151,17 @@ def refuse_foreign(
     if header and header[:16] != MAGIC:
         raise DamagedLedger(f'{path} is not a database, so it is no ledger; name another file '
                             '(if it was one, `kyara ledger verify` saves what is left)')
-    if header and int.from_bytes(header[68:72], 'big') != APPLICATION and not _has_calls(path):
+    if header and int.from_bytes(header[68:72], 'big') != APPLICATION and not _may_be_ledger(path):
         raise UserError(f'{path} is a database of another kind, no ledger; name another file')
     return bool(header)
 
-def _has_calls(path):
+def _may_be_ledger(path):
     mode = 'mode=ro' if _wal_size(path) else 'immutable=1'
     with closing(sqlite3.connect(f'{path.absolute().as_uri()}?{mode}', uri=True)) as connection:
         found = connection.execute("select name from pragma_table_info('calls')").fetchall()
-    return {name for name, in found} == set(STORED)
+        empty = not connection.execute('select 1 from sqlite_master').fetchone()
+        nobody = connection.execute('pragma application_id').fetchone() == (0,)
+    return {name for name, in found} == set(STORED) or empty and nobody # Empty: another process is making it just now
 
 def _wal_size(path):
     try: return os.path.getsize(f'{path}-wal')

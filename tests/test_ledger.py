@@ -68,6 +68,17 @@ def test_two_processes_write_the_same_new_ledger(tmp_path):
         assert ledger._select('select count(*), count(distinct call_id) from calls') == [(2000, 2000)]
     assert all(kept[entry(number).call_id] == TEXT + '0' for number in range(400))
 
+def test_a_ledger_that_another_process_is_just_making(tmp_path):
+    "A database that is still empty belongs to nobody; one with a table of its own, or a mark, is foreign."
+    making = sqlite3.connect(tmp_path / 'ledger.sqlite')
+    making.execute('pragma journal_mode=wal')
+    done = child(WRITE_SOME, tmp_path / 'ledger.sqlite', 0, 10)
+    assert int(finish(done)) == 10
+    making.close()
+    for number, statement in enumerate(['create table mine (a)', 'pragma application_id=7']):
+        with closing(sqlite3.connect(tmp_path / f'{number}.sqlite')) as other: other.execute(statement)
+        with pytest.raises(UserError, match='another kind'): Ledger(tmp_path / f'{number}.sqlite')
+
 CLAIM = '''
 ledger = Ledger(sys.argv[2])
 for line in sys.stdin:
