@@ -111,10 +111,10 @@ def kernels(recipe):
 # What runs, and what does not
 
 def test_a_finished_recipe_does_nothing(copy, capsys):
-    before, now = hashes(copy), time.monotonic()
+    before = hashes(copy)
     report = (copy.with_suffix('') / 'report.html').stat().st_mtime_ns
     assert main(['run', str(copy)]) == 0
-    assert started_stages(capsys) == [] and time.monotonic() - now < 10
+    assert started_stages(capsys) == []
     assert hashes(copy) == before and (copy.with_suffix('') / 'report.html').stat().st_mtime_ns == report
 
 def test_the_table_and_the_report_end_a_run(copy, capsys):
