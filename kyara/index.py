@@ -202,17 +202,23 @@ class KnowledgeBase:
     def _sparse(self, batch, depth, sources):
         asked = [read_question(question) for question in batch]
         numbers = [question_numbers(question, self.common_terms) for question in asked]
-        found = self._nearest([some for some in numbers if some], 'lexical', max(depth, CANDIDATES), sources)
+        found = self._nearest([some for some in numbers if some], 'lexical', max(depth, CANDIDATES), sources, depth)
         return [_look_again(question, next(found), depth) if some else []
                 for question, some in zip(asked, numbers, strict=True)]
 
-    def _nearest(self, queries, using, depth, sources):
+    def _nearest(self, queries, using, depth, sources, least=2000):
         for query, points in zip(queries, self.store.search(queries, using, depth + 1, sources), strict=True):
-            size = depth + 1
-            while len(points) == size and points[depth - 1].score == points[-1].score and size < 2000:
-                size *= 2 # Among equals the engine's choice is chance; ours are those with the lowest ids
-                points, = self.store.search([query], using, size, sources)
-            yield points[:depth] if size == depth + 1 else sorted(points, key=lambda point: (-point.score, str(point.id)))[:depth]
+            yield self._without_chance(query, points, using, depth, sources, least)
+
+    def _without_chance(self, query, points, using, depth, sources, least):
+        # Among equals the engine's choice is chance: they stay out if `least` remain, else those with the lowest ids count
+        size = depth + 1
+        while len(points) == size and points[depth - 1].score == points[-1].score and size < 2000:
+            above = sum(point.score > points[-1].score for point in points)
+            if above >= least: return points[:above]
+            size *= 2
+            points, = self.store.search([query], using, size, sources)
+        return points[:depth] if size == depth + 1 else sorted(points, key=lambda point: (-point.score, str(point.id)))[:depth]
 
     def _dense(self, batch, depth, sources):
         settings, speaking = self.state['settings'], [re.search(r'\w', question) for question in batch]
@@ -254,7 +260,8 @@ def _look_again(question, points, depth):
     passages = [(f"{row.get('title', '')} {row.get('heading', '')}", row.get('text', '')) for row in payloads[:near]]
     scores = look_again(question, passages, [point.score for point in points[:near]])
     scores += [point.score for point in points[near:len(payloads)]]
-    best = sorted(range(len(payloads)), key=lambda place: -scores[place])[:depth]
+    alike = len(set(scores)) < len(scores) # Only then do ids decide
+    best = sorted(range(len(scores)), key=lambda place: (-scores[place], str(points[place].id) if alike else ''))[:depth]
     return best_first((scores[place], chunk_row(points[place].id, payloads[place])) for place in best)
 
 # %% ../nbs/10_index.ipynb #10000017

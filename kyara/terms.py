@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'CHINESE', 'LETTER', 'LONG_WAY', 'WORD', 'ASKING', 'LONGEST_QUESTION', 'HANZI', 'SENTENCE_ENDS',
-           'LETTER_CLASS', 'fold_arrays', 'fold_texts', 'code_points', 'word_number', 'find_words', 'find_terms',
-           'mean_length', 'passage_vectors', 'common_terms', 'Question', 'read_question', 'question_numbers',
-           'short_code', 'spellings', 'sentence_hits', 'word_pattern', 'look_again']
+           'fold_arrays', 'fold_texts', 'code_points', 'word_number', 'find_words', 'find_terms', 'mean_length',
+           'passage_vectors', 'common_terms', 'Question', 'read_question', 'question_numbers', 'short_code',
+           'spellings', 'sentence_hits', 'word_places', 'look_again']
 
 # %% ../nbs/05_terms.ipynb #05000002
 import functools, math, re, unicodedata, zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -191,13 +192,13 @@ def short_code(
 SENTENCE_ENDS = '。!?;\n' # As folded
 
 @functools.cache
-def spellings() -> dict[str, np.ndarray]: # By folded character: the code points that fold to it; '' has all ends
+def spellings() -> dict[str, list[int]]: # By folded character: the code points that fold to it; '' has all ends
     "Turn the folding round."
     table = {'\n': [ord('\n')]}
     for code, folded in fold_table().items():
         if len(folded) == 1 and code <= 0xFFFF: table.setdefault(folded, [ord(folded)]).append(code)
     table[''] = [code for mark in SENTENCE_ENDS for code in table[mark]]
-    return {char: np.array([code for code in codes if code <= 0xFFFF]) for char, codes in table.items()}
+    return {char: [code for code in codes if code <= 0xFFFF] for char, codes in table.items()}
 
 def sentence_hits(
     question: Question, # What is looked for
@@ -220,19 +221,22 @@ def sentence_hits(
     hits[base.take(near) + pairs.take(near)] = 1
     hits = hits.reshape(-1, width)
     if question.words:
-        for match in word_pattern(question.words).finditer(codes.tobytes().decode('utf-16-le')):
-            hits[ends.searchsorted(match.start()), end + len(question.pairs) + match.lastindex] = 1
+        text = codes.tobytes().decode('utf-16-le')
+        for column, word in enumerate(question.words, end + len(question.pairs) + 1):
+            hits[ends.searchsorted(list(word_places(text, word))), column] = 1
     hits[:, end] = 0
     lengths = ends.copy()
     lengths[1:] -= ends[:-1]
     return hits[:-1], lengths, ends.searchsorted(starts)
 
 def _char_marks(question, end):
-    marks, known = np.zeros(1 << 16, np.int16), spellings()
-    for rank, char in enumerate(question.chars, 1):
-        if char in known: marks[known[char]] = rank
-        elif char <= '\uffff': marks[ord(char)] = rank
-    marks[known['']] = end
+    known, codes, ranks = spellings(), [], []
+    for rank, char in enumerate((*question.chars, ''), 1):
+        forms = known.get(char) or [ord(char)]
+        codes += forms
+        ranks += [rank] * len(forms)
+    marks = np.zeros(max(1 << 16, max(codes) + 1), np.int16)
+    marks[codes] = ranks
     return marks
 
 def _pair_marks(question, end):
@@ -243,17 +247,28 @@ def _pair_marks(question, end):
     return marks
 
 # %% ../nbs/05_terms.ipynb #05000024
-LETTER_CLASS = r'[^\W\d_\u3005-\uffff]'
+def word_places(
+    text: str, # Folded
+    word: str, # A Latin word, or a number without commas
+) -> Iterator[int]: # Where it stands
+    "Find a word as `find_words` does: by itself, and a number with commas too."
+    digits = word[0].isdecimal()
+    whole, point, rest = word.partition('.')
+    grouped = re.sub(r'(?<=\d)(?=(?:\d{3})+$)', ',', whole) + point + rest if digits else word
+    for spelling in dict.fromkeys((word, grouped)):
+        place = text.find(spelling)
+        while place >= 0:
+            if _stands_alone(text, place, place + len(spelling), digits): yield place
+            place = text.find(spelling, place + 1)
 
-@functools.lru_cache(maxsize=4096)
-def word_pattern(
-    words: tuple[str, ...], # Latin words and numbers of a question
-) -> re.Pattern: # With a group for each
-    "Write a pattern that finds words as `find_words` does, numbers with commas too."
-    number = rf'(?<!{LETTER_CLASS})(?<!\d)(?<!\d[.,])({{}})(?![.,]?\d)'
-    latin = rf'(?<!{LETTER_CLASS})({{}})(?!{LETTER_CLASS}|\d)'
-    return re.compile('|'.join(number.format(',?'.join(map(re.escape, word))) if word[0].isdigit()
-                               else latin.format(re.escape(word)) for word in words))
+def _stands_alone(text, start, end, digits):
+    before, after = text[max(0, start - 2):start], text[end:end + 2]
+    if _latin(before[-1:]) or not digits and (_latin(after[:1]) or after[:1].isdecimal()): return False
+    if not digits: return True
+    joins = before[-1:] in ('.', ',') and before[:1].isdecimal() or after[:1] in ('.', ',') and after[1:].isdecimal()
+    return not (joins or before[-1:].isdecimal() or after[:1].isdecimal())
+
+def _latin(char): return char.isalnum() and char < '\u3005' and not char.isdecimal()
 
 # %% ../nbs/05_terms.ipynb #05000028
 def look_again(
@@ -270,10 +285,10 @@ def look_again(
     terms = len(question.chars) + len(question.pairs) + len(question.words)
     if not passages or not terms: return scores
     hits, lengths, firsts = sentence_hits(question, passages)
-    having = np.maximum.reduceat(hits, firsts).sum(0)
+    having = _passages_having(hits, firsts)
     importance = np.log((len(passages) + 1) / (having + 0.5)).astype(np.float32)
     if question.words: importance[-len(question.words):] *= word_weight
-    gain = 2 * title_share * (hits[firsts] @ importance)
+    gain = 2 * title_share * (np.einsum('ij,j->i', hits[firsts], importance))
     hits[firsts], lengths[firsts] = 0, 0
     both, longer = hits.copy(), lengths.copy()
     np.maximum(hits[:-1], hits[1:], out=both[:-1])
@@ -281,6 +296,12 @@ def look_again(
     real = lengths > 1
     for window, size in ((hits, lengths), (both, longer)):
         relative = size * (real.sum() / max(1, size.sum()))
-        worth = window @ importance * real / (1 - length_penalty + length_penalty * relative)
+        worth = np.einsum('ij,j->i', window, importance) * real / (1 - length_penalty + length_penalty * relative)
         gain += np.maximum.reduceat(worth, firsts)
     return (np.asarray(scores) + attention * min(1, usual_terms / terms) * gain).tolist()
+
+def _passages_having(hits, firsts):
+    sentences, terms = np.divmod(hits.ravel().nonzero()[0], hits.shape[1])
+    having = np.zeros((len(firsts), hits.shape[1]), np.float32)
+    having[firsts.searchsorted(sentences, 'right') - 1, terms] = 1
+    return having.sum(0)

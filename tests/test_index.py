@@ -123,7 +123,7 @@ def test_a_folder_open_in_another_process_is_refused(tmp_path):
     for expected in ('is open in another process', 3):
         process = context.Process(target=_open_elsewhere, args=(tmp_path, answer))
         process.start()
-        got = answer.get(timeout=60)
+        got = answer.get(timeout=240)
         process.join()
         assert got == expected or expected in str(got), got
         kb.close()
@@ -218,7 +218,7 @@ def test_the_stage_keeps_what_is_indexed_and_starts_anew_with_other_settings(tmp
         answer = multiprocessing.get_context('spawn').Queue()
         process = multiprocessing.get_context('spawn').Process(target=_stage_elsewhere, args=(source, out, answer))
         process.start()
-        assert 'open in another process' in answer.get(timeout=60)
+        assert 'open in another process' in answer.get(timeout=240)
         process.join()
         assert len(list(kb.chunks())) == 6, 'nothing was removed'
         raise SystemExit
