@@ -6,19 +6,20 @@
 __all__ = ['SIGNS', 'LATEX', 'LEAD', 'SPECIAL', 'PLAIN', 'SPELLINGS', 'ENGLISH', 'UNITS', 'NO_COUNTER', 'AROUND', 'HAN_DIGITS',
            'DIGITS', 'ATOM', 'QUANTITY', 'ARABIC', 'COUNTERS', 'CURRENCY', 'FOREIGN', 'CURRENCIES', 'CLOCK', 'DAY',
            'FUNCTIONS', 'OPERATORS', 'NAMES', 'TOKEN', 'POINTS', 'SEPARATOR', 'PUNCTUATION', 'READERS', 'WEEKDAY',
-           'SIMPLE', 'SYMBOLIC', 'FORMULA', 'HAN', 'MARK', 'REMARK', 'LABELLED', 'CLOSING', 'STATED', 'SENTENCE_END',
-           'plain_answer', 'boxed_content', 'spell_out', 'unit_names', 'unit_pattern', 'read_unit', 'atom_value',
-           'quantity_value', 'Reading', 'read_quantity', 'read_clock', 'read_date', 'expression_values', 'read_value',
-           'read_expression', 'read_list', 'read_brackets', 'read_range', 'read_equation', 'read_ratio', 'readings',
-           'SymbolicWorker', 'symbolic_worker', 'same_answer', 'needs_symbols', 'same_reading', 'same_number',
-           'unit_size', 'final_answer', 'stated_answer']
+           'SIMPLE', 'SYMBOLIC', 'KINDS_OF_FORMULAS', 'FORMULA', 'HAN', 'MARK', 'REMARK', 'LABELLED', 'CLOSING',
+           'STATED', 'SENTENCE_END', 'plain_answer', 'boxed_content', 'spell_out', 'unit_names', 'unit_pattern',
+           'read_unit', 'atom_value', 'quantity_value', 'Reading', 'read_quantity', 'read_clock', 'read_date',
+           'expression_values', 'read_value', 'read_expression', 'read_list', 'read_brackets', 'read_range',
+           'read_equation', 'read_ratio', 'readings', 'SymbolicWorker', 'symbolic_worker', 'same_answer',
+           'needs_symbols', 'same_reading', 'same_number', 'unit_size', 'final_answer', 'stated_answer']
 
 # %% ../nbs/12_answers.ipynb #12000002
-import ast, cmath, json, math, operator, re, subprocess, sys, threading, unicodedata
+import ast, cmath, inspect, json, math, operator, re, subprocess, sys, threading, unicodedata
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
+from . import cage
 from .core import UserError
 from .zh import parse_number
 
@@ -434,26 +435,38 @@ def _one_number(plain):
 
 # %% ../nbs/12_answers.ipynb #12000025
 SYMBOLIC = '''
-import json, logging, sys
+import logging
 logging.disable(logging.CRITICAL)
+import sympy.sets.handlers.functions
 from math_verify import LatexExtractionConfig, parse, verify
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
-except ImportError: pass
-print("ready", flush=True)
-for line in sys.stdin:
+
+def same(a, b):
+    "Compare two formulas; what cannot be compared is different."
     try:
-        a, b = (parse("$" + text + "$", [LatexExtractionConfig()], parsing_timeout=None)
-                for text in json.loads(line))
-        print(int(verify(a, b, timeout_seconds=None)), flush=True)
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError):
-        print(0, flush=True)
+        one, other = (parse("$" + text + "$", [LatexExtractionConfig()], parsing_timeout=None) for text in (a, b))
+        return verify(one, other, timeout_seconds=None)
+    except (ArithmeticError, AttributeError, ImportError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError):
+        return False
+
+for a, b in json.loads(sys.argv[1]): same(a, b)
+load_modules()
+limits = {"cpu": 10**6, "memory": 2**32, "output": 2**16, "tied": False}
+try: layers = lock_up(**limits)
+except (OSError, KeyError, ImportError, ValueError, AttributeError):
+    try: layers = lock_up(**limits, confined=False)
+    except (ImportError, ValueError): layers = []
+print("ready", *layers, flush=True)
+for line in sys.stdin: print(int(same(*json.loads(line))), flush=True)
 '''
+KINDS_OF_FORMULAS = [ # What sympy loads only when it meets the first of its kind has to be there before the cage closes
+    ('\\frac{1}{2}', '0.5'), ('[1,2)', '(1,2]'), ('\\{1,2\\}', '\\{2,1\\}'), ('x<3', '3>x'), ('x^2=4', 'x=2'),
+    ('\\begin{pmatrix}1\\\\2\\end{pmatrix}', '\\begin{pmatrix}2\\\\1\\end{pmatrix}'), ('\\sin^2 x', '1-\\cos^2 x'),
+    ('\\ln(e^3)', '3'), ('\\int_0^1 x dx', '1/2'), ('\\sum_{n=1}^{3} n', '6'), ('\\lim_{x\\to 0} x', '0'), ('\\sqrt[3]{8}', '2'),
+    ('(-\\infty,1)\\cup(2,\\infty)', 'x<1'), ('\\sum_{n=1}^{\\infty} 2^{-n}', '1'), ('x \\in [1,2]', '[1,2]'), ('|x-1|', 'x')]
 
 class SymbolicWorker:
-    "math-verify in a process that can be killed; it starts when first asked."
-    def __init__(self): self.process, self.lock = None, threading.Lock()
+    "math-verify in a caged process that can be killed; it starts when first asked."
+    def __init__(self): self.process, self.lock, self.layers = None, threading.Lock(), []
 
     def same(self,
         a: str, # LaTeX without dollar signs
@@ -479,9 +492,11 @@ class SymbolicWorker:
 
     def _start(self):
         pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'stderr': subprocess.DEVNULL}
-        command, environment = [sys.executable, '-c', SYMBOLIC], {'PYTHONHASHSEED': '0'}
+        source = inspect.getsource(cage) + SYMBOLIC
+        command, environment = [sys.executable, '-s', '-c', source, json.dumps(KINDS_OF_FORMULAS)], {'PYTHONHASHSEED': '0'}
         self.process = subprocess.Popen(command, text=True, env=environment, **pipes)
-        if self._exchange('', 120) != 'ready':
+        ready, *self.layers = self._exchange('', 120).split() or ['']
+        if ready != 'ready':
             raise UserError('math-verify does not start; install it: pip install math-verify')
 
     def close(self):
@@ -600,9 +615,9 @@ def _close(some: list, others: list) -> bool:
 
 # %% ../nbs/12_answers.ipynb #12000031
 MARK = re.compile(
-    r'(?:^|(?<=[\s。．.，,；;*#（(【])|(?<=所以)|(?<=因此)|(?<=故))(?:\*\*|#+\s*)?'
-    r'(?:(?:最終|最後|正確)?的?答案(?:應該?)?|答|(?:the\s+)?(?:final\s+)?answer)(?:\*\*)?\s*(?:是|為|is)?\s*'
-    r'(?::|：|】|(?<=是)|(?<=為)|(?<=is))(?:\*\*)?\s*(?P<marked>[^\n]*)|####\s*(?P<hashed>[^\n]+)|(?P<box>\\boxed\{)', re.IGNORECASE)
+    r'(?:^|(?<=[\s。．.，,；;*#（(【])|(?<=所以)|(?<=因此)|(?<=故))(?:\*\*|#{1,6}\s{0,9})?'
+    r'(?:(?:最終|最後|正確)?的?答案(?:應該?)?|答|(?:the\s{1,9})?(?:final\s{1,9})?answer)(?:\*\*)?\s{0,9}(?:是|為|is)?\s{0,9}'
+    r'(?::|：|】|(?<=是)|(?<=為)|(?<=is))(?:\*\*)?\s{0,9}(?P<marked>[^\n]*)|####\s{0,9}(?P<hashed>[^\n]+)|(?P<box>\\boxed\{)', re.IGNORECASE)
 REMARK = re.compile(r'。|[，；](?=\D)|(?<=[\w)])\.(?=\s|$)|（|\((?=[\u4e00-\u9fff])|,?\s*(?:而)?(?:不是|並非)')
 
 LABELLED = re.compile(rf'[\u4e00-\u9fffA-Za-z]{{1,4}}\s*[有是為=]?\s*{DIGITS}\s*[\u4e00-\u9fff]{{0,3}}')
@@ -610,11 +625,12 @@ LABELLED = re.compile(rf'[\u4e00-\u9fffA-Za-z]{{1,4}}\s*[有是為=]?\s*{DIGITS}
 def final_answer(
     solution: str, # Worked solution, in Chinese or English
 ) -> str | None: # The answer it marks or states, None if it does neither
-    "Find the final answer of a solution; of several marks the last counts."
+    "Find the final answer of a solution; of several marks the last counts, and only the last 20,000 characters are read."
+    solution = solution[-20_000:]
     field = re.findall(r'"answer"\s*:\s*("(?:[^"\\]|\\.)*"|[-\d.,]+)', solution)
     if field and (answer := field[-1].strip('"').rstrip(' ,')): return answer
-    marks = [_marked(solution, match) for match in MARK.finditer(solution)]
-    return next((answer for answer in reversed(marks) if answer), None) or stated_answer(solution)
+    marks = (_marked(solution, match) for match in reversed(list(MARK.finditer(solution))[-20:]))
+    return next(filter(None, marks), None) or stated_answer(solution)
 
 def _marked(solution, match):
     if match['box']: return boxed_content(solution, match.start())

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REFUSAL', 'VERDICTS', 'ID', 'GIVEN', 'CITED', 'SEVERAL', 'BEHIND', 'CODE_BLOCK', 'LIST_MARK', 'LINK', 'EMPHASIS',
-           'HEADING', 'TABLE_RULE', 'NO_CLAIM', 'ENDS', 'Claim', 'cited_ids', 'prose_lines', 'table_row', 'plain_text',
-           'split_claims', 'line_claims', 'is_claim']
+           'HEADING', 'TABLE_RULE', 'THOUGHTS', 'NO_CLAIM', 'ENDS', 'Claim', 'cited_ids', 'prose_lines', 'table_row',
+           'plain_text', 'without_thoughts', 'split_claims', 'line_claims', 'is_claim']
 
 # %% ../nbs/05_citations.ipynb #05000002
 import re
@@ -80,6 +80,15 @@ def plain_text(
     return EMPHASIS.sub('', LINK.sub(r'\1', line) if '](' in line else line)
 
 # %% ../nbs/05_citations.ipynb #05000010
+THOUGHTS = re.compile(r'^\s*(?:<(think|thinking|thought|reasoning)>.*?</\1>|(?:(?!<think).)*?</think(?:ing)?>)', re.S)
+
+def without_thoughts(
+    text: str, # A model's reply
+) -> str: # What it says in the end
+    "Leave out a model's thoughts."
+    return THOUGHTS.sub('', text, count=1) if '</' in text else text
+
+# %% ../nbs/05_citations.ipynb #05000013
 NO_CLAIM = re.compile(r'^(?:以下|下面|根據(?:您|你|以上|上述|提供|參考)[^，。]*(?:如下|整理|說明|回答)|'
                       r'綜上|綜合(?:以上|上述)|總之|總結|總的來說|總而言之|整體而言|整體來說|希望|如有|如需|若有(?:任何|其他|疑問)|若需|'
                       r'以上(?!海)|您好|你好|好的|當然|沒問題|讓我|我來|我會|謝謝|感謝|很高興|抱歉|對不起|建議您|歡迎|關於您)|'
@@ -91,7 +100,7 @@ def split_claims(
 ) -> list[tuple[str, list[str]]]: # Statements with the ids behind them
     "Split an answer into claims."
     claims = []
-    for line in prose_lines(answer):
+    for line in prose_lines(without_thoughts(answer)):
         for text, ids in line_claims(line):
             if text: claims.append((text, ids))
             elif claims: claims[-1] = (claims[-1][0], list(dict.fromkeys(claims[-1][1] + ids)))

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from .align import (NOT, NUMBER, Difference, Evidence, Pairing, Quantity, Statement, Word, overlap, pair_clauses,
                          read_evidence, read_statement, statement_shares)
 from .alter import Case
-from .citations import CITED, REFUSAL, VERDICTS, Claim, cited_ids, is_claim, split_claims
+from .citations import CITED, REFUSAL, VERDICTS, Claim, cited_ids, is_claim, split_claims, without_thoughts
 from .core import UserError
 from .zh import fold_script, parse_number, to_traditional
 
@@ -378,7 +378,7 @@ def citation_gate(
     documents: dict | list, # {id: text}, or rows
 ) -> str: # '' if every claim is supported, else the first verdict and its reason
     "Decide whether an answer may be kept."
-    if answer.strip().strip('「」『』。"\' ') == REFUSAL: return ''
+    if without_thoughts(answer).strip().strip('「」『』。"\' ') == REFUSAL: return ''
     claims = check_citations(answer, documents)
     if not claims: return 'no_claims: 回答沒有可查證的陳述'
     failed = next((claim for claim in claims if claim.verdict != 'supported'), None)
@@ -468,6 +468,7 @@ def read_judgement(
     reply: str, # Of a judge
 ) -> tuple[str, str]: # Verdict, '' if there is none or more than one, and reason
     "Read a judge's reply."
+    reply = without_thoughts(reply)
     found = {match[1] for match in re.finditer(r'判[定斷][：:為是\s*「]*(成立|矛盾|未提及)', reply)}
     reason = re.sub(r'(?m)^\W*判[定斷].*$', '', reply).strip()
     return (JUDGED[found.pop()] if len(found) == 1 else ''), reason

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAILED', 'read_items', 'run_generation', 'answer_loglikelihoods', 'run_choices', 'run_judging', 'run_benchmark',
-           'check_model', 'evaluate_models', 'judge_models', 'check_judge', 'add_length_controlled', 'item_texts']
+           'check_model', 'evaluate_models', 'judge_models', 'check_judge', 'local_folders', 'add_length_controlled',
+           'item_texts']
 
 # %% ../nbs/18_evaluation.ipynb #18000002
 import json, random
@@ -13,8 +14,9 @@ from pathlib import Path
 
 from .benchmarks import GSM8K, MATH_HELD_OUT, PREFERENCE_HELD_OUT, TRUTHFULQA, Benchmark
 from .comparison import (
-    add_contamination, comparison_html, comparison_latex, comparison_table, contaminated_items, figures,
-    interval, length_controlled, paired_difference, plot_scores, script_difference, tokens_per_character)
+    add_contamination, comparison_html, comparison_latex, comparison_table, contaminated_items, difference_rows,
+    difference_table, figures, interval, length_controlled, paired_difference, plot_scores, script_ablation,
+    script_difference, script_table, tokens_per_character)
 from .core import UserError, batched, drop, model_settings
 from .judged import BENCHMARKS, find_benchmark
 from .llm import Client, model_identity
@@ -130,15 +132,19 @@ def _by_prompt(tokenizer, pairs, limit, name):
     return groups
 
 def _answer_batches(groups, batch_size):
+    # Answers of one token need no rows of their own: the prompt's last position knows them all.
+    rows = lambda answers: len(answers) if longest(answers) > 1 else 1
     longest = lambda answers: max(len(tokens) for _, tokens in answers)
+    order = lambda pair: (rows(pair[1]) > 1, len(pair[0]), longest(pair[1]), pair[1][0][0])
     batch, count = [], 0
-    order = lambda pair: (len(pair[0]), longest(pair[1]), pair[1][0][0])
     for prompt, answers in sorted(groups.items(), key=order):
-        if batch and count + len(answers) > batch_size:
+        full = count + rows(answers) > batch_size
+        padding = batch and len(prompt) > 1.1 * len(batch[0][0])
+        if batch and (full or padding or (rows(answers) > 1) != (rows(batch[0][1]) > 1)):
             yield batch
             batch, count = [], 0
         batch.append((prompt, answers))
-        count += len(answers)
+        count += rows(answers)
     if batch: yield batch
 
 # %% ../nbs/18_evaluation.ipynb #18000014
@@ -329,7 +335,15 @@ def check_judge(
     if needed and not judge: raise UserError(f'{needed[0]} is scored by a judge; name a model as judge')
     if needed: model_settings(judge)
 
-# %% ../nbs/18_evaluation.ipynb #18000030
+# %% ../nbs/18_evaluation.ipynb #18000029
+def local_folders(
+    models: dict[str, str], # Label to folder or model name
+) -> dict[str, str]: # Label to folder or hub name of those that are loaded here
+    "Say which models have a vocabulary that can be looked at."
+    settings = {label: model_settings(model) for label, model in models.items()}
+    return {label: one.model for label, one in settings.items() if one.provider == 'local'}
+
+# %% ../nbs/18_evaluation.ipynb #18000033
 def add_length_controlled(
     scores: dict, # As `figures` gives them
     transcripts: list[dict], # Replies

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOLVE_PROBLEM', 'WRITE_PROGRAM', 'FLOAT', 'NUMBER', 'CALCULATION', 'RESULT', 'UNIT', 'LABEL', 'CHECK_SOLUTION',
-           'ROUTES', 'solve_problems', 'majority', 'asks_to_convert', 'read_program', 'calculate_by_program',
+           'ROUTES', 'asked', 'solve_problems', 'majority', 'asks_to_convert', 'read_program', 'calculate_by_program',
            'same_as_printed', 'round_floats', 'plain_equations', 'wrong_equations', 'equation_holds', 'Verdict',
            'criticise', 'collect_evidence', 'verify', 'said', 'with_last_line', 'math_row', 'accept_solutions',
            'check_routes', 'choose_solution', 'outcome_pairs', 'compare_routes']
@@ -12,15 +12,15 @@ __all__ = ['SOLVE_PROBLEM', 'WRITE_PROGRAM', 'FLOAT', 'NUMBER', 'CALCULATION', '
 # %% ../nbs/12_evidence.ipynb #12000002
 import json, re, unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from decimal import ROUND_HALF_UP, Decimal
 from itertools import combinations
-
-from pydantic import BaseModel
+from typing import ClassVar
 
 from .answers import SIGNS, expression_values, final_answer, same_answer
 from .confine import Outcome, run_programs
 from .core import UserError, content_hash, details, dialogue, drop, pack_meta, parse_object
-from .llm import render_prompt
+from .drafts import Form, ask_form, fill, prompt_version, reply_problem, without_thoughts
 
 # %% ../nbs/12_evidence.ipynb #12000004
 SOLVE_PROBLEM = '''# 任務：解數學題
@@ -31,6 +31,16 @@ SOLVE_PROBLEM = '''# 任務：解數學題
 [[problem]]
 </problem>'''
 
+def asked(
+    problem: dict, # With `call_ids`
+    template: str, # The prompt that was used
+    call_ids: Iterable[str], # Of the calls made with it
+) -> dict: # The problem, which knows the calls and the version of each one's prompt
+    "Remember calls."
+    call_ids = list(call_ids)
+    names = [*problem.get('prompts', []), *[prompt_version(template)] * len(call_ids)]
+    return {**problem, 'call_ids': [*problem['call_ids'], *call_ids], 'prompts': names}
+
 def solve_problems(
     problems: list[dict], # With `problem`
     solvers: list, # Clients of kyara.llm; sample n goes to the n-th, in turn
@@ -39,13 +49,14 @@ def solve_problems(
 ) -> list[dict]: # The problems with `solutions`, each {'text', 'answer', 'model', 'call_id'}
     "Sample solutions at temperatures from 0.3 to 1."
     solved = [{**problem, 'solutions': []} for problem in problems]
-    prompts = [render_prompt(SOLVE_PROBLEM, problem=problem['problem']) for problem in problems]
+    prompts = [fill(SOLVE_PROBLEM, problem=problem['problem']) for problem in problems]
     for sample in range(samples):
         solver, heat = solvers[sample % len(solvers)], round(0.3 + 0.7 * sample / max(1, samples - 1), 2)
         replies = solver.ask(prompts, temperature=heat, sample=sample, seed=seed, max_tokens=2048)
         for problem, reply in zip(solved, replies):
-            answer = final_answer(reply.text) if reply.ok else None
-            problem['solutions'].append({'text': reply.text.strip(), 'answer': answer, 'model': solver.model,
+            text = without_thoughts(reply.text).strip()
+            answer = None if reply_problem(reply) else final_answer(text)
+            problem['solutions'].append({'text': text, 'answer': answer, 'model': solver.model,
                                          'call_id': reply.call_id})
     return solved
 
@@ -91,6 +102,7 @@ def read_program(
     text: str, # A model's reply
 ) -> str: # The program in its last code block, '' if there is none
     "Find the program in a reply, which may also be an object with the field `program`."
+    text = without_thoughts(text)
     wrapped = parse_object(text)
     if wrapped: text = str(wrapped.get('program', ''))
     blocks = re.findall(r'```(?:python|py)?[ \t]*\n(.*?)```', text, re.S | re.I)
@@ -103,7 +115,7 @@ def calculate_by_program(
     **limits, # Of `kyara.confine.run_program`
 ) -> list[dict]: # The problems with `program`: `status`, `answer`, `error`, and the call's id in `call_ids`
     "Have programs written, and run them."
-    prompts = [render_prompt(WRITE_PROGRAM, problem=problem['problem']) for problem in problems]
+    prompts = [fill(WRITE_PROGRAM, problem=problem['problem']) for problem in problems]
     replies = programmer.ask(prompts, max_tokens=2048)
     programs = [read_program(reply.text) if reply.ok else '' for reply in replies]
     written = [program for program in programs if program]
@@ -114,7 +126,7 @@ def calculate_by_program(
         missing = Outcome('no_program', error=(reply.text or reply.error or '')[:300])
         outcome = next(outcomes) if program else missing
         result = {'status': outcome.status, 'answer': outcome.answer, 'error': outcome.error}
-        done.append({**problem, 'program': result, 'call_ids': problem['call_ids'] + [reply.call_id]})
+        done.append({**asked(problem, WRITE_PROGRAM, [reply.call_id]), 'program': result})
     return done
 
 # %% ../nbs/12_evidence.ipynb #12000016
@@ -214,19 +226,20 @@ CHECK_SOLUTION = '''# 任務：檢查解答
 [[solution]]
 </solution>'''
 
-class Verdict(BaseModel):
+class Verdict(Form):
     "Reply to `CHECK_SOLUTION`."
     correct: bool
     error: str = ''
+    also: ClassVar = {'correct': ('正確', '是否正確', '對不對', 'is_correct'), 'error': ('錯誤', '第一個錯誤', 'first_error')}
+    joined: ClassVar = ('error',)
 
 def criticise(
     pairs: list[tuple[str, str]], # Problem and solution
     critic, # A client of kyara.llm
 ) -> list: # `Parsed` of kyara.llm with a `Verdict` as value, one for each
     "Have solutions checked step by step."
-    prompts = [render_prompt(CHECK_SOLUTION, problem=problem, solution=solution)
-               for problem, solution in pairs]
-    return critic.ask_json(prompts, Verdict)
+    prompts = [fill(CHECK_SOLUTION, problem=problem, solution=solution) for problem, solution in pairs]
+    return ask_form(critic, prompts, Verdict)
 
 # %% ../nbs/12_evidence.ipynb #12000025
 ROUTES = ('majority', 'program', 'equations', 'critic')
@@ -293,7 +306,7 @@ def math_row(
     "Make the row of a problem, whether it is kept or dropped."
     messages = [{'role': 'user', 'content': text}]
     if answer: messages.append({'role': 'assistant', 'content': answer})
-    known = {name: draft[name] for name in ('persona', 'kind', 'difficulty', 'deepened_from') if name in draft}
+    known = {name: draft[name] for name in ('persona', 'kind', 'difficulty', 'deepened_from', 'prompts') if name in draft}
     return dialogue(messages, 'math', stage='math', source=draft['source'], license=draft['license'], lang='zh-TW',
                     model=draft['model'], call_ids=draft['call_ids'],
                     tags=[draft['kind'], draft['difficulty']], details={**known, **more})
@@ -309,17 +322,16 @@ def accept_solutions(
     "Keep what the routes agree on; pair it with solutions that got something else."
     check_routes(routes)
     chosen = [choose_solution(problem) for problem in problems]
-    asked = [number for number, solution in enumerate(chosen) if solution and critic]
-    questions = [(problems[number]['problem'], chosen[number]) for number in asked]
-    verdicts = dict(zip(asked, criticise(questions, critic) if asked else []))
+    doubted = [number for number, solution in enumerate(chosen) if solution and critic]
+    questions = [(problems[number]['problem'], chosen[number]) for number in doubted]
+    verdicts = dict(zip(doubted, criticise(questions, critic) if doubted else []))
     kept, pairs, dropped = [], [], []
     for number, problem in enumerate(problems):
         verdict = verdicts.get(number)
         found = collect_evidence(problem, chosen[number], verdict, min_agreement)
         reason, evidence = verify(found, routes, verdict)
-        calls = problem['call_ids'] + [one['call_id'] for one in problem['solutions']]
-        if verdict: calls.append(verdict.reply.call_id)
-        problem = {**problem, 'call_ids': calls}
+        problem = asked(problem, SOLVE_PROBLEM, [one['call_id'] for one in problem['solutions']])
+        if verdict: problem = asked(problem, CHECK_SOLUTION, verdict.call_ids)
         row = math_row(problem, problem['problem'], chosen[number], agreement=found)
         if reason: dropped.append(drop(row, reason, evidence or problem['solutions'][0]['text']))
         else: kept.append(row)

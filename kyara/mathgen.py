@@ -12,17 +12,16 @@ __all__ = ['KINDS', 'PERSONA_HUB', 'WRITE_PROBLEM', 'METHODS', 'DEEPEN_PROBLEM',
 import random, re, unicodedata
 from collections import Counter
 from collections.abc import Iterator
-
-from pydantic import BaseModel
+from typing import ClassVar
 
 from .answers import (boxed_content, final_answer, plain_answer, read_quantity, readings, same_answer,
                            same_reading, stated_answer)
 from .confine import confinement
 from .core import UserError, content_hash, dialogue, drop, read_jsonl, resolve_path
-from .evidence import (ROUTES, accept_solutions, calculate_by_program, check_routes, compare_routes, criticise,
+from .drafts import Form, ask_form, fill
+from .evidence import (ROUTES, accept_solutions, asked, calculate_by_program, check_routes, compare_routes, criticise,
                             majority, math_row, outcome_pairs, said, solve_problems, verify, with_last_line,
                             wrong_equations)
-from .llm import render_prompt
 
 # %% ../nbs/12_math.ipynb #12000004
 KINDS = { # What problems may be about, by difficulty
@@ -116,9 +115,10 @@ WRITE_PROBLEM = '''# 任務：出數學題
 [[difficulty]]
 </difficulty>'''
 
-class WrittenProblem(BaseModel):
+class WrittenProblem(Form):
     "Reply to `WRITE_PROBLEM`."
     problem: str # The whole problem
+    also: ClassVar = {'problem': ('題目', '題目全文', '新題', '新題全文', '數學題', 'question')}
 
 # %% ../nbs/12_math.ipynb #12000008
 def write_problems(
@@ -131,17 +131,17 @@ def write_problems(
     for sample in sorted({draft['sample'] for draft in drafts}):
         group = [number for number, draft in enumerate(drafts) if draft['sample'] == sample]
         prompts = [_problem_prompt(drafts[number]) for number in group]
-        replies |= zip(group, teacher.ask_json(prompts, WrittenProblem, temperature=0.9, sample=sample, seed=seed))
+        replies |= zip(group, ask_form(teacher, prompts, WrittenProblem, temperature=0.9, sample=sample, seed=seed))
     for number, draft in enumerate(drafts):
         parsed = replies[number]
-        draft = {**draft, 'call_ids': [parsed.reply.call_id], 'model': teacher.model}
+        draft = asked({**draft, 'call_ids': [], 'model': teacher.model}, WRITE_PROBLEM, parsed.call_ids)
         text = parsed.value.problem.strip() if parsed.value else ''
         if text: written.append({**draft, 'problem': text})
         else: dropped.append(drop(math_row(draft, draft['persona']), parsed.problem or 'empty_problem', said(parsed)))
     return written, dropped
 
 def _problem_prompt(draft):
-    return render_prompt(WRITE_PROBLEM, persona=draft['persona'], kind=draft['kind'], difficulty=draft['difficulty'])
+    return fill(WRITE_PROBLEM, persona=draft['persona'], kind=draft['kind'], difficulty=draft['difficulty'])
 
 # %% ../nbs/12_math.ipynb #12000011
 def drop_near_duplicates(
@@ -188,15 +188,14 @@ def deepen_problems(
     "Have harder variants of problems written."
     draws = [random.Random(f"deepen {seed} {problem['problem']}") for problem in problems]
     chosen = [(problem, draw.choice(METHODS)) for problem, draw in zip(problems, draws) if draw.random() < share]
-    prompts = [render_prompt(DEEPEN_PROBLEM, method=method, problem=problem['problem'])
-               for problem, method in chosen]
-    replies = teacher.ask_json(prompts, WrittenProblem, temperature=0.9, seed=seed)
+    prompts = [fill(DEEPEN_PROBLEM, method=method, problem=problem['problem']) for problem, method in chosen]
+    replies = ask_form(teacher, prompts, WrittenProblem, temperature=0.9, seed=seed)
     variants, dropped = [], []
     for (problem, _), parsed in zip(chosen, replies):
         text = parsed.value.problem.strip() if parsed.value else ''
         harder = {'簡單': '中等', '中等': '困難'}.get(problem['difficulty'], problem['difficulty'])
-        variant = {**problem, 'problem': text, 'difficulty': harder, 'deepened_from': problem['problem'],
-                   'call_ids': problem['call_ids'] + [parsed.reply.call_id]}
+        variant = {**asked(problem, DEEPEN_PROBLEM, parsed.call_ids), 'problem': text, 'difficulty': harder,
+                   'deepened_from': problem['problem']}
         if text and text != problem['problem']: variants.append(variant)
         else:
             row = math_row(variant, problem['problem'])
@@ -213,20 +212,22 @@ CHECK_PROBLEM = '''# 任務：檢查題目
 [[problem]]
 </problem>'''
 
-class Solvable(BaseModel):
+class Solvable(Form):
     "Reply to `CHECK_PROBLEM`."
     solvable: bool
     reason: str = ''
+    also: ClassVar = {'solvable': ('可解', '能解', '是否可解', '能不能解', 'is_solvable'), 'reason': ('理由', '原因', '說明')}
+    joined: ClassVar = ('reason',)
 
 def check_problems(
     problems: list[dict], # With `problem`
     teacher, # A client of kyara.llm
 ) -> tuple[list[dict], list[dict]]: # Solvable problems; dropped rows with the reason given
     "Have the teacher sort out ill-posed problems."
-    prompts = [render_prompt(CHECK_PROBLEM, problem=problem['problem']) for problem in problems]
+    prompts = [fill(CHECK_PROBLEM, problem=problem['problem']) for problem in problems]
     kept, dropped = [], []
-    for problem, parsed in zip(problems, teacher.ask_json(prompts, Solvable)):
-        problem = {**problem, 'call_ids': problem['call_ids'] + [parsed.reply.call_id]}
+    for problem, parsed in zip(problems, ask_form(teacher, prompts, Solvable)):
+        problem = asked(problem, CHECK_PROBLEM, parsed.call_ids)
         row = math_row(problem, problem['problem'])
         if not parsed.value: dropped.append(drop(row, f'check_{parsed.problem}', said(parsed)))
         elif not parsed.value.solvable: dropped.append(drop(row, 'ill_posed', parsed.value.reason))
@@ -333,7 +334,7 @@ def plot_math(
         heights = [levels[level] for level in english]
         middle.bar(list(english.values()), heights, bottom=below, label=name)
         below = [low + height for low, height in zip(below, heights)]
-    middle.set(title='difficulty')
+    middle.set(title='difficulty', ylim=(0, 1.4 * max(1, *below))) # Room for the legend
     middle.legend()
     for turn, name in enumerate(('problem', 'solution')):
         right.hist([len(row['messages'][turn]['content']) for row in groups['kept']], bins=15, alpha=0.6, label=name)

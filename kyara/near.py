@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'BAND', 'CROWD', 'PLANES', 'PLANE_BANDS', 'hash_grams', 'sign_texts', 'similar_pairs', 'sign_vectors',
-           'similar_vectors', 'choose_repeats', 'count_repeats']
+           'VectorFile', 'similar_vectors', 'similar_stored', 'choose_repeats', 'count_repeats']
 
 # %% ../nbs/05_near.ipynb #05000002
+import functools, os, tempfile
 from collections.abc import Iterable
 
 import numpy as np
@@ -92,33 +93,72 @@ def sign_vectors(
     vectors: np.ndarray, # Texts by dimensions, each of length 1
 ) -> np.ndarray: # Texts by `PLANE_BANDS`, 32 bits each
     "Tell on which sides of random planes vectors are."
-    planes = np.random.default_rng(20_240_902).standard_normal((vectors.shape[1], PLANES * PLANE_BANDS), np.float32)
-    sides = (vectors @ planes > 0).reshape(len(vectors), PLANE_BANDS, PLANES)
-    return sides @ (1 << np.arange(PLANES)).astype(np.uint32)
+    sides = (vectors @ _planes(vectors.shape[1]) > 0).reshape(len(vectors), PLANE_BANDS, PLANES)
+    high, middle, low = np.packbits(sides, axis=2).astype(np.uint32).transpose(2, 0, 1)
+    return high << np.uint32(16) | middle << np.uint32(8) | low
 
+@functools.lru_cache(maxsize=2)
+def _planes(dimensions):
+    return np.random.default_rng(20_240_902).standard_normal((dimensions, PLANES * PLANE_BANDS), np.float32)
+
+class VectorFile:
+    "Vectors on disk, in 16 bits, for rows that are too many for memory."
+    def __init__(self):
+        self.file, self.dimensions = tempfile.TemporaryFile(), 0
+
+    def append(self, vectors: np.ndarray):
+        "Add vectors."
+        self.dimensions = vectors.shape[1]
+        self.file.write(vectors.astype(np.float16).tobytes())
+
+    def take(self, numbers: np.ndarray) -> np.ndarray: # In 32 bits
+        "Read vectors by their numbers."
+        self.file.flush()
+        wanted, places = np.unique(numbers, return_inverse=True)
+        size = 2 * self.dimensions
+        found = b''.join(os.pread(self.file.fileno(), size, number * size) for number in wanted.tolist())
+        return np.frombuffer(found, np.float16).reshape(-1, self.dimensions).astype(np.float32)[places]
+
+# %% ../nbs/05_near.ipynb #05000013
 def similar_vectors(
     vectors: np.ndarray, # Texts by dimensions, each of length 1
     least: float = 0.9, # Cosine of the pairs that are wanted
     groups: np.ndarray | None = None, # Only texts of the same group are compared
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # Numbers of the later and the earlier text, and their cosine, sorted
     "Find pairs of vectors that are alike."
-    found = np.empty(0, np.int64)
+    file = VectorFile()
+    file.append(vectors)
     parts = [sign_vectors(vectors[start:start + 10_000]) for start in range(0, len(vectors), 10_000)]
-    bands = np.concatenate(parts).T if parts else np.empty((0, 0), np.uint32)
-    for band in bands:
-        keys = band.astype(np.uint64)
+    return similar_stored(np.concatenate(parts or [np.empty((0, PLANE_BANDS), np.uint32)]), file, least, groups)
+
+def similar_stored(
+    bands: np.ndarray, # As `sign_vectors` gives them
+    vectors: VectorFile, # The vectors that they come from
+    least: float = 0.9, # Cosine of the pairs that are wanted
+    groups: np.ndarray | None = None, # Only texts of the same group are compared
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # Numbers of the later and the earlier text, and their cosine, sorted
+    "Find pairs of vectors on disk that are alike."
+    found, most = np.empty(0, np.int64), PLANES * PLANE_BANDS * (np.arccos(least) / np.pi + 0.04) # Three standard errors
+    for band in range(PLANE_BANDS):
+        keys = bands[:, band].astype(np.uint64)
         if groups is not None: keys = (keys << np.uint64(32) | groups & np.uint64(0xFFFF_FFFF)) * np.uint64(0x9E3779B97F4A7C15)
-        pairs = _neighbours(keys)
-        found = np.union1d(found, pairs[_cosines(vectors, pairs) >= least])
+        found = np.union1d(found, _few_apart(bands, _neighbours(keys), most))
     if groups is not None: found = found[groups[found >> 32] == groups[found & 0xFFFF_FFFF]]
-    return found >> 32, found & 0xFFFF_FFFF, _cosines(vectors, found)
+    cosines = _cosines(vectors, found)
+    found, cosines = found[cosines >= least], cosines[cosines >= least]
+    return found >> 32, found & 0xFFFF_FFFF, cosines
+
+def _few_apart(bands, pairs, most, step=100_000):
+    parts = (pairs[start:start + step] for start in range(0, len(pairs), step))
+    kept = [part[np.bitwise_count(bands[part >> 32] ^ bands[part & 0xFFFF_FFFF]).sum(1, dtype=np.int32) <= most] for part in parts]
+    return np.concatenate(kept) if kept else np.empty(0, np.int64)
 
 def _cosines(vectors, pairs, step=20_000):
-    parts = [np.einsum('ij,ij->i', vectors[part >> 32], vectors[part & 0xFFFF_FFFF])
+    parts = [np.einsum('ij,ij->i', vectors.take(part >> 32), vectors.take(part & 0xFFFF_FFFF))
              for part in (pairs[start:start + step] for start in range(0, len(pairs), step))]
     return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
-# %% ../nbs/05_near.ipynb #05000015
+# %% ../nbs/05_near.ipynb #05000016
 def choose_repeats(
     pairs: tuple[np.ndarray, np.ndarray, np.ndarray], # As `similar_pairs` gives them
     threshold: float, # Similarity of repeats

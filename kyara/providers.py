@@ -11,8 +11,8 @@ __all__ = ['to_json', 'ENDINGS', 'BROKEN_OFF', 'FILTERED', 'CANNOT', 'SAFETY', '
            'gemini_request', 'seed_field', 'gemini_client', 'ask_gemini', 'gemini_failure', 'lost_connection',
            'Threads', 'open_gemini', 'late', 'batch_request', 'BatchService', 'http_errors', 'read_batch', 'job_state',
            'BatchRun', 'answer_gemini_batch', 'answer_offline', 'affordable_batches', 'load_local', 'reuse_memory',
-           'SeededSampler', 'answer_local', 'chat_tokens', 'local_batch', 'local_config', 'ending_tokens',
-           'local_completion', 'check_request']
+           'SeededSampler', 'answer_local', 'chat_tokens', 'local_replies', 'local_batches', 'local_config',
+           'ending_tokens', 'local_completion', 'check_request']
 
 # %% ../nbs/09_providers.ipynb #09000002
 import asyncio, functools, itertools, json, queue, re, threading, time
@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 import orjson
 
 from .core import ModelSettings, UserError, content_hash
+from .decoding import Row, can_decode, decode, left_padded, likeliest
 from .ledger import Job
 from .llm import CallFailure, Completion, Recorder, Refused, Request, hide, model_identity, pause
 from .llm import retry_after, status_failure
@@ -874,10 +875,17 @@ class SeededSampler:
     "Makes greedy decoding draw from the distribution instead (Gumbel-max), each row with its own generator."
     def __init__(self, call_ids: list[str], temperature: float, top_p: float):
         import torch
-        self.temperature, self.top_p = temperature, top_p
-        self.generators = [torch.Generator().manual_seed(int(call_id[:15], 16)) for call_id in call_ids]
+        self.call_ids, self.temperature, self.top_p = call_ids, temperature, top_p
+        self.generators = {name: torch.Generator().manual_seed(int(name[:15], 16)) for name in call_ids}
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, input_ids, scores): return self.perturbed(self.call_ids, scores)
+
+    def choose(self, rows: list[Row], logits):
+        "Draw one token a row."
+        return self.perturbed([row.key for row in rows], logits).argmax(-1)
+
+    def perturbed(self, call_ids: list[str], scores):
+        "Add each row's own noise."
         import torch
         scores = scores.float() / self.temperature
         if self.top_p < 1:
@@ -885,7 +893,7 @@ class SeededSampler:
             beyond = ordered.cumsum(-1) - ordered >= self.top_p
             scores = scores.masked_fill(beyond.scatter(-1, places, beyond), float('-inf'))
         size = scores.shape[-1]
-        waits = [torch.empty(size).exponential_(generator=generator) for generator in self.generators]
+        waits = [torch.empty(size).exponential_(generator=self.generators[name]) for name in call_ids]
         return scores - torch.stack(waits).to(scores.device).log()
 
 # %% ../nbs/09_providers.ipynb #09000062
@@ -900,15 +908,14 @@ def answer_local(
     limit, groups = getattr(model.config, 'max_position_embeddings', None) or 1 << 30, {}
     for call_id, request in requests.items():
         prompt = chat_tokens(tokenizer, request.messages, settings.name)
-        room = min(request.max_tokens, limit - len(prompt)) # Equal in a batch: no reply depends on neighbours
-        sampling = (request.temperature, request.top_p, room, tuple(request.stop))
-        if room > 0: groups.setdefault(sampling, []).append((call_id, prompt))
+        room = min(request.max_tokens, limit - len(prompt))
+        sampling = (request.temperature, request.top_p, 0 if can_decode(model) else room, tuple(request.stop))
+        if room > 0: groups.setdefault(sampling, []).append(Row(call_id, prompt, room))
         else: recorder.fail(call_id, f'prompt too long: {len(prompt)} tokens of {limit}')
-    for sampling, prompts in groups.items():
-        prompts.sort(key=lambda prompt: (len(prompt[1]), prompt[0]))
-        for batch in affordable_batches(prompts, settings.concurrency, recorder):
-            local_batch(model, tokenizer, batch, Request([], *sampling), recorder)
-            recorder.flush()
+    for sampling, rows in groups.items():
+        rows.sort(key=lambda row: (len(row.prompt), row.key))
+        answer = local_replies if can_decode(model) else local_batches
+        answer(model, tokenizer, rows, Request([], *sampling), settings.concurrency, recorder)
 
 def chat_tokens(tokenizer, messages: list[dict], name: str) -> list[int]:
     "Write a conversation as the model was taught, up to where it has to answer."
@@ -919,28 +926,62 @@ def chat_tokens(tokenizer, messages: list[dict], name: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)['input_ids']
 
 # %% ../nbs/09_providers.ipynb #09000063
-def local_batch(
+def local_replies(
     model, # A transformers model
     tokenizer, # Its tokenizer
-    batch: list[tuple[str, list[int]]], # Call ids and prompts, of similar length
+    rows: list[Row], # One a call
     sampling: Request, # Temperature and so on; its messages do not count
+    size: int, # Replies at once
     recorder: Recorder, # Takes the replies
 ):
-    "Generate one batch."
+    "Decode replies, and record each as it ends."
+    ends, waiting, before = ending_tokens(model, tokenizer), deque(rows), time.perf_counter()
+    sampler = SeededSampler([row.key for row in rows], sampling.temperature, sampling.top_p)
+    choose = sampler.choose if sampling.temperature else likeliest
+    stopped = lambda row: bool(sampling.stop) and _holds_stop(tokenizer, row.tokens, sampling.stop)
+    while waiting and recorder.affordable():
+        drawn = _affordable_rows(waiting, recorder)
+        for row in decode(model, drawn, size, set(ends), tokenizer.pad_token_id, choose, stopped):
+            latency, before = time.perf_counter() - before, time.perf_counter()
+            recorder.under_way -= 1
+            recorder.add(row.key, local_completion(tokenizer, row.tokens, sampling, ends, len(row.prompt), latency))
+            if recorder.unwritten >= size: recorder.flush()
+        recorder.flush()
+    for row in waiting: recorder.fail(row.key, recorder.over_budget())
+
+def _affordable_rows(waiting, recorder):
+    while waiting and recorder.affordable():
+        recorder.under_way += 1
+        yield waiting.popleft()
+
+def _holds_stop(tokenizer, tokens, stop):
+    tail = tokenizer.decode(tokens[-8 - max(map(len, stop)):], skip_special_tokens=True)
+    return any(text in tail for text in stop)
+
+# %% ../nbs/09_providers.ipynb #09000064
+def local_batches(
+    model, # A transformers model whose rows cannot leave and join
+    tokenizer, # Its tokenizer
+    rows: list[Row], # All with the same limit, so that no reply depends on its neighbours
+    sampling: Request, # Temperature and so on; `max_tokens` is the limit
+    size: int, # Replies at once
+    recorder: Recorder, # Takes the replies
+):
+    "Generate replies batch by batch."
     import torch
-    call_ids, prompts = zip(*batch)
-    width, started = max(map(len, prompts)), time.perf_counter()
-    rows = [[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    sampler = [SeededSampler(call_ids, sampling.temperature, sampling.top_p)] if sampling.temperature else []
-    config = local_config(model, tokenizer, sampling.max_tokens, sampling.stop)
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids=torch.tensor(rows, device=model.device), generation_config=config, tokenizer=tokenizer,
-            attention_mask=torch.tensor(mask, device=model.device), logits_processor=sampler)
-    latency, ends = (time.perf_counter() - started) / len(batch), config.eos_token_id
-    for call_id, prompt, row in zip(call_ids, prompts, output[:, width:].tolist()):
-        recorder.add(call_id, local_completion(tokenizer, row, sampling, ends, len(prompt), latency))
+    config, started = local_config(model, tokenizer, sampling.max_tokens, sampling.stop), time.perf_counter()
+    for batch in affordable_batches([(row.key, row) for row in rows], size, recorder):
+        call_ids, own = zip(*batch)
+        sampler = [SeededSampler(call_ids, sampling.temperature, sampling.top_p)] if sampling.temperature else []
+        mask = left_padded([[1] * len(row.prompt) for row in own], 0, model.device)
+        ids = left_padded([row.prompt for row in own], tokenizer.pad_token_id, model.device)
+        with torch.inference_mode():
+            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config,
+                                    tokenizer=tokenizer, logits_processor=sampler)[:, ids.shape[1]:].tolist()
+        latency, started, ends = (time.perf_counter() - started) / len(batch), time.perf_counter(), config.eos_token_id
+        for row, tokens in zip(own, output):
+            recorder.add(row.key, local_completion(tokenizer, tokens, sampling, ends, len(row.prompt), latency))
+        recorder.flush()
 
 def local_config(model, tokenizer, max_new_tokens: int, stop: tuple):
     "Decode greedily; `SeededSampler` adds chance where it is wanted."
@@ -954,7 +995,6 @@ def ending_tokens(model, tokenizer) -> list[int]:
     ends = ends if isinstance(ends, list) else [ends]
     return sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
 
-# %% ../nbs/09_providers.ipynb #09000064
 def local_completion(
     tokenizer, # The model's tokenizer
     tokens: list[int], # What was generated, with padding after the end

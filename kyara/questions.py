@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['QUESTION_PROMPT', 'CURIOUS_PROMPT', 'IN_HAND', 'POINTING', 'REWRITE_PROMPT', 'METHODS', 'EVOLVE_PROMPT', 'PADDING',
-           'SIGNS', 'ENGLISH_PROMPT', 'Questions', 'Curious', 'question_problem', 'plain', 'Rewritten',
-           'rewrite_questions', 'ask_questions', 'read_questions', 'check_questions', 'assign_tasks', 'Evolved',
-           'evolution_problem', 'added_text', 'evolve_questions', 'undo_evolution', 'Chinese', 'english_problem',
-           'rewrite_english']
+           'SIGNS', 'INSTRUCTION_COLUMNS', 'ENGLISH_PROMPT', 'Questions', 'Curious', 'question_problem', 'plain',
+           'Rewritten', 'rewrite_questions', 'ask_questions', 'read_questions', 'check_questions', 'assign_tasks',
+           'Evolved', 'evolution_problem', 'added_text', 'evolve_questions', 'undo_evolution', 'first_instruction',
+           'read_instructions', 'Chinese', 'english_problem', 'source_problem', 'rewrite_english', 'take_chinese']
 
 # %% ../nbs/11_questions.ipynb #11000002
 import re
+from collections.abc import Iterator
+from itertools import islice
 from typing import ClassVar
 
 from pydantic import Field
 
-from .core import UserError
+from .core import UserError, read_rows, resolve_path
+from .corpus import read_hub_records
 from .drafts import (Draft, Form, ask_form, clean_language, drop_draft, fill, lot, portion, sample_chunks)
 from .forms import wanted_form
 from .llm import Client, Parsed
-from .zh import find_numbers, fix_taiwan, fold_script
+from .zh import detect_language, find_numbers, fix_taiwan, fold_script
 
 # %% ../nbs/11_questions.ipynb #11000007
 QUESTION_PROMPT = '''# 任務：提出問題
@@ -206,7 +209,7 @@ def assign_tasks(
 METHODS = ('追問', '逐步分析', '結構化輸出', '情境')
 EVOLVE_PROMPT = '''# 任務：演化問題
 請用指定的方式改寫下面的問題，讓它更有深度，同時仍能由文章的內容回答。
-- 追問：在原問題之後，再接一個相關的問題。
+- 追問：在原問題之後，再接一到三個相關的問題，由淺入深。
 - 逐步分析：要求一步一步分析，先列出事實再下結論。
 - 結構化輸出：要求以 JSON 或表格回答，並指明欄位。
 - 情境：假設一個真實的情境或背景故事，在其中提出原問題。
@@ -288,7 +291,35 @@ def undo_evolution(draft: Draft, teacher: Client, reason: str, evidence: str) ->
     draft.question = draft.topic = draft.notes['evolution']['plain']
     return row
 
-# %% ../nbs/11_questions.ipynb #11000028
+# %% ../nbs/11_questions.ipynb #11000029
+INSTRUCTION_COLUMNS = ('instruction', 'prompt', 'question', 'problem', 'query')
+
+def first_instruction(
+    record: dict, # With `messages`, `conversations`, or a column of `INSTRUCTION_COLUMNS`
+) -> str: # '' if there is none
+    "Find what a user asks first."
+    turns = record.get('messages') or record.get('conversations') or record.get('conversation')
+    for turn in turns if isinstance(turns, list) else []:
+        role = str(turn.get('role') or turn.get('from')).lower() if isinstance(turn, dict) else ''
+        if role in ('user', 'human', 'prompter'): return str(turn.get('content') or turn.get('value') or '').strip()
+    named = (record[name] for name in INSTRUCTION_COLUMNS if isinstance(record.get(name), str))
+    extra = record.get('input') if isinstance(record.get('input'), str) else ''
+    return f"{next(named, '')}\n\n{extra}".strip()
+
+def read_instructions(
+    location: str, # A stage's folder, JSONL, `sample:NAME` or `hf:NAME`
+    most: int = 0, # Records to read; 0 for all
+) -> Iterator[dict]: # Rows with `messages` ([] where nobody asks anything) and `meta`
+    "Read instructions as a stream."
+    foreign = location.startswith('hf:')
+    records = read_hub_records(location) if foreign else read_rows(resolve_path(location))
+    for record in islice(records, most or None):
+        asked, meta = first_instruction(record), record.get('meta') if isinstance(record.get('meta'), dict) else {}
+        license = meta.get('license') or record.get('license') or record.get('usual_license') or 'unknown'
+        turns = [{'role': 'user', 'content': asked}] if asked else []
+        yield {'messages': turns, 'meta': {**meta, 'license': str(license)}, 'evidence': record.get('evidence', '')}
+
+# %% ../nbs/11_questions.ipynb #11000032
 ENGLISH_PROMPT = '''# 任務：改寫英文指令
 請把下面的英文指令改寫成臺灣的使用者會寫的正體中文指令，意思與要求不變，讀起來像原本就用中文寫成。
 - 專有名詞與術語第一次出現時，在中文後面用全形括號附上原文，例如：梯度下降（gradient descent）。
@@ -321,27 +352,43 @@ def english_problem(
     _, reason, evidence = clean_language(re.sub(r'（[A-Za-z -]+）|```.*?```', '', chinese, flags=re.S))
     return reason, evidence
 
+def source_problem(
+    asked: str, # An instruction in some language
+) -> str: # '' or the reason why nobody needs to look at it
+    "Tell whether an instruction is worth rewriting."
+    if not asked: return 'no_instruction'
+    if len(asked) > 4000: return 'question_length'
+    return 'not_english' if detect_language(asked) not in ('en', 'other') else ''
+
 def rewrite_english(
-    rows: list[dict], # Dialogue rows that begin with an English instruction
+    rows: list[dict], # As `read_instructions` gives them
     teacher: Client,
     source: str, # Where they come from
 ) -> tuple[list[Draft], list[dict]]: # Drafts without a passage; dropped rows
     "Rewrite English instructions."
-    asked = [next(turn['content'] for turn in row['messages'] if turn['role'] == 'user') for row in rows]
-    licenses = [(row.get('meta') or {}).get('license') or 'unknown' for row in rows]
-    drafts = [Draft({}, 'english_prompt', question, license=license, notes={'source': source})
-              for question, license in zip(asked, licenses)]
+    drafts, dropped = [], []
+    for row in rows:
+        asked = first_instruction(row)
+        license = (row.get('meta') or {}).get('license') or 'unknown'
+        draft, problem = Draft({}, 'english_prompt', asked, license=license, notes={'source': source}), source_problem(asked)
+        if draft.passes('source', problem): drafts.append(draft)
+        else: dropped.append(drop_draft(draft, teacher, problem, asked or str(row.get('evidence') or '')))
     parsed = ask_form(teacher, [fill(ENGLISH_PROMPT, prompt=draft.question) for draft in drafts], Chinese)
-    kept, dropped = [], []
+    kept, gone = [], []
     for draft, one in zip(drafts, parsed, strict=True):
-        draft.asked(ENGLISH_PROMPT, one)
-        chinese = one.value.prompt.strip() if one.value else ''
-        reason, evidence = one.problem or ('' if chinese else 'not_rewritten'), one.reply.error or one.reply.text
-        if not reason: reason, evidence = english_problem(draft.question, chinese)
-        draft.notes['english'] = draft.question[:2000]
-        if not draft.passes('question', reason): dropped.append(drop_draft(draft, teacher, reason, evidence))
-        else:
-            draft.question = fix_taiwan(chinese)
-            draft.topic, draft.notes['queries'] = re.sub('（[A-Za-z -]+）', '', draft.question), [draft.question]
-            kept.append(draft)
-    return kept, dropped
+        reason, evidence = take_chinese(draft, one)
+        if draft.passes('question', reason): kept.append(draft)
+        else: gone.append(drop_draft(draft, teacher, reason, evidence))
+    return kept, dropped + gone
+
+def take_chinese(draft: Draft, parsed: Parsed) -> tuple[str, str]:
+    "Take the Chinese instruction into the draft, or say why not."
+    draft.asked(ENGLISH_PROMPT, parsed)
+    draft.notes['english'] = draft.question[:2000]
+    chinese = parsed.value.prompt.strip() if parsed.value else ''
+    reason, evidence = parsed.problem or ('' if chinese else 'not_rewritten'), parsed.reply.error or parsed.reply.text
+    if not reason: reason, evidence = english_problem(draft.question, chinese)
+    if reason: return reason, evidence
+    draft.question = fix_taiwan(chinese)
+    draft.topic, draft.notes['queries'] = re.sub('（[A-Za-z -]+）', '', draft.question), [draft.question]
+    return '', ''

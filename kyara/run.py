@@ -9,15 +9,16 @@ __all__ = ['RECIPE_KEYS', 'TYPES', 'REFERENCE', 'MODEL_PARAMETERS', 'FOLDER_PARA
            'find_folder', 'find_model', 'Stage', 'Recipe', 'load_recipe', 'make_stage', 'stale_reason',
            'finished_notebook', 'run_cells', 'changed_input', 'quick_fingerprint', 'locked', 'shown',
            'kernel_environment', 'end_kernels', 'StageFailed', 'execute_stage', 'explain_failure', 'user_errors',
-           'run_recipe', 'choose_stages', 'describe_run', 'run_stage', 'open_run', 'run_status', 'command_run',
-           'command_status', 'command_report', 'command_trace', 'print_json', 'command_search', 'reading', 'read_text',
-           'writable', 'command_ask', 'command_cite', 'read_documents_file', 'command_lint', 'command_score',
-           'command_ledger', 'OneLineParser', 'build_parser', 'positive', 'amount', 'main']
+           'run_recipe', 'running_engine', 'choose_stages', 'describe_run', 'run_stage', 'open_run', 'run_status',
+           'command_run', 'dry_run', 'command_status', 'command_report', 'command_trace', 'print_json',
+           'command_search', 'reading', 'read_text', 'writable', 'command_ask', 'command_cite', 'read_documents_file',
+           'command_lint', 'command_score', 'command_completion', 'command_ledger', 'OneLineParser', 'build_parser',
+           'positive', 'amount', 'main']
 
 # %% ../nbs/20_run.ipynb #20000002
 import argparse, ast, difflib, fcntl, json, os, re, shutil, signal, sys, time, zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from .core import (UserError, code_version, fingerprint, model_settings, parse_o
                         read_manifest, read_rows, sample_path, settings_path, write_text)
 from .report import (counts_text, read_notebook, read_record, score_table, stage_table, text_table,
                           write_report)
+from .sweep import compare_runs, sweep_sets
 from .trace import trace_lines, whole_trace
 
 # %% ../nbs/20_run.ipynb #20000004
@@ -64,12 +66,12 @@ def _unique_keys():
     return UniqueKeys
 
 # %% ../nbs/20_run.ipynb #20000007
-RECIPE_KEYS = ['name', 'description', 'stages']
+RECIPE_KEYS = ['name', 'description', 'engine', 'stages']
 
 def read_recipe(
     path: str | Path, # A recipe, e.g. runs/demo.yaml
-    sets: list[str] = (), # Changes: 'stage.parameter=value', the value as in YAML
-) -> dict: # {'name', 'description', 'stages': {stage: {'notebook', parameters}}}
+    sets: list[str] = (), # Changes: 'stage.parameter=value', the value as in YAML; also 'engine=ray'
+) -> dict: # {'name', 'description', 'engine', 'stages': {stage: {'notebook', parameters}}}
     "Read a recipe and check its form."
     path = Path(path)
     recipe = {'name': path.stem, 'description': '', **read_yaml(path)}
@@ -77,17 +79,27 @@ def read_recipe(
         raise UserError(f'recipe {path} has the unknown key {key}{suggest(str(key), RECIPE_KEYS)}')
     stages = recipe.get('stages')
     if not isinstance(stages, dict) or not stages: raise UserError(f'recipe {path} lists no stages')
-    for name in [recipe['name'], *stages]: _check_name(path, name)
     for name, stage in stages.items():
         if not isinstance(stage, dict) or not isinstance(stage.get('notebook'), str):
             raise UserError(f'recipe {path}: stage {name} must name its notebook, e.g. notebook: 10_index')
-    for change in sets: _apply_set(stages, change)
+    for change in sets:
+        if re.match(r'engine[.=]', change): _set_engine(recipe, change)
+        elif change.startswith('name='): recipe['name'] = change.removeprefix('name=')
+        else: _apply_set(stages, change)
+    for name in [recipe['name'], *stages]: _check_name(path, name)
     return recipe
 
 def _check_name(path, name):
     if not isinstance(name, str) or not re.fullmatch(r'\w[\w-]*', name) or name in ('run', 'runs'):
         raise UserError(f'recipe {path}: {name!r} cannot name a stage or run; use letters, digits, - and _, '
                         'and neither run nor runs')
+
+def _set_engine(recipe, change):
+    import yaml
+    target, _, text = change.partition('=')
+    engine, key = recipe.get('engine') or {}, target.partition('.')[2]
+    engine = {'name': engine} if isinstance(engine, str) else engine
+    recipe['engine'] = {**engine, key or 'name': yaml.safe_load(text)}
 
 def _apply_set(stages, change):
     import yaml
@@ -198,7 +210,7 @@ def texts_in(
 # %% ../nbs/20_run.ipynb #20000021
 MODEL_PARAMETERS = ['teacher', 'teachers', 'solvers', 'judge', 'judges', 'pool', 'models']
 FOLDER_PARAMETERS = [*MODEL_PARAMETERS, 'model', 'reward_model', 'tokenizer'] # Names, hub ids or folders
-INPUT_PARAMETERS = ['corpus', 'personas', 'index', 'outcomes'] # Besides those with a default that is a place
+INPUT_PARAMETERS = ['corpus', 'personas', 'index', 'outcomes', 'labels'] # Besides those with a default that is a place
 
 def holds_paths(
     parameter: Parameter, # Of a stage notebook
@@ -273,6 +285,7 @@ class Recipe:
     nbs: Path
     run_dir: Path
     stages: tuple
+    engine: dict # Where the work is done
 
 # %% ../nbs/20_run.ipynb #20000023
 def load_recipe(
@@ -292,7 +305,12 @@ def load_recipe(
         stages.append(make_stage(name, values, nbs, folders))
         folders[name] = f"{folders['run']}/{name}"
     described = recipe['name'], path.resolve(), recipe['description'], tuple(sets)
-    return Recipe(*described, nbs, run_dir, tuple(stages))
+    return Recipe(*described, nbs, run_dir, tuple(stages), _read_engine(recipe.get('engine')))
+
+def _read_engine(value):
+    if value in (None, 'local'): return {'name': 'local'}
+    from kyara.cluster import read_engine
+    return read_engine(value)
 
 def _find_notebooks(path):
     parents = path.resolve().parents
@@ -484,13 +502,17 @@ def execute_stage(
     with kernel_environment(run_dir), ThreadPoolExecutor(1) as thread:
         work = thread.submit(papermill.execute_notebook, str(stage.notebook), str(executed), stage.given,
                              kernel_name='python3', cwd=str(nbs), progress_bar=bar,
-                             extra_arguments=['--IPKernelApp.log_level=50'])
+                             extra_arguments=['--IPKernelApp.log_level=50', *_joining()])
         try: work.result()
         except papermill.PapermillExecutionError as error: raise explain_failure(stage, error) from None
         except DeadKernelError:
             raise StageFailed(f'stage {stage.name}: its kernel died, perhaps for lack of memory; '
                               f'see {shown(executed)}') from None
         finally: end_kernels(run_dir)
+
+def _joining(): # A kernel that belongs to a cluster joins it before its first cell
+    line = 'from kyara.cluster import join; join()'
+    return [f'--IPKernelApp.exec_lines={line}'] if os.environ.get('KYARA_ENGINE') else []
 
 def explain_failure(
     stage: Stage, # Whose notebook failed
@@ -529,9 +551,15 @@ def run_recipe(
         record = json.dumps(describe_run(recipe), ensure_ascii=False, indent=2)
         write_text(recipe.run_dir / 'run.json', record + '\n')
         stages = [stage for stage in recipe.stages if stage.name in chosen]
-        ran = [run_stage(recipe, stage, stage.name in forced) for stage in stages]
+        with running_engine(recipe.engine): ran = [run_stage(recipe, stage, stage.name in forced) for stage in stages]
         if any(ran) or not (recipe.run_dir / 'report.html').exists(): write_report(recipe.run_dir)
     return recipe
+
+def running_engine(engine: dict): # A context
+    "Have what the stages ask done by the engine of the recipe; most need none."
+    if engine['name'] == 'local': return nullcontext()
+    from kyara.cluster import cluster_of
+    return cluster_of(engine)
 
 def _remove(recipe, chosen):
     for stage in recipe.stages:
@@ -632,16 +660,34 @@ def run_status(
 # %% ../nbs/20_run.ipynb #20000055
 def command_run(arguments) -> int:
     "Run a recipe."
+    if arguments.dry_run: return dry_run(arguments)
     choice = dict(from_stage=arguments.from_stage, only=arguments.only, fresh=arguments.fresh)
-    recipe = run_recipe(arguments.recipe, arguments.set, **choice)
-    scores = score_table(recipe.run_dir)
-    if scores: print(f'\n{text_table(scores)}\n')
-    print(f"report: {shown(recipe.run_dir / 'report.html')}")
+    swept = sweep_sets(read_recipe(arguments.recipe)['name'], arguments.set)
+    for sets in swept: load_recipe(arguments.recipe, sets) # All are refused before any runs
+    recipes = [run_recipe(arguments.recipe, sets, **choice) for sets in swept]
+    table = score_table(recipes[0].run_dir) if len(recipes) == 1 else compare_runs([recipe.run_dir for recipe in recipes])
+    if table: print(f'\n{text_table(table)}\n')
+    for recipe in recipes: print(f"report: {shown(recipe.run_dir / 'report.html')}")
+    return 0
+
+def dry_run(arguments) -> int:
+    "Print what a recipe would take, and do nothing."
+    from kyara.estimate import estimate_lines, estimate_run
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    assume = {}
+    for text in arguments.assume:
+        name, _, rows = text.partition('=')
+        if name not in [stage.name for stage in recipe.stages] or not rows.isdigit():
+            raise UserError(f'--assume {text} is not of the form stage=rows, with a stage of {recipe.name}')
+        assume[name] = int(rows)
+    print('\n'.join(estimate_lines(*estimate_run(list(recipe.stages), recipe.nbs, assume))))
     return 0
 
 def command_status(arguments) -> int:
     "Print the state of a run."
-    print(text_table(run_status(arguments.run)))
+    rows = run_status(arguments.run)
+    if arguments.json: print_json(rows)
+    else: print(text_table(rows))
     return 0
 
 def command_report(arguments) -> int:
@@ -772,11 +818,17 @@ def command_lint(arguments) -> int:
 def command_score(arguments) -> int:
     "Score stored outputs."
     from kyara.score import score_file
-    files = dict(data=arguments.data, out=arguments.out and writable(arguments.out))
+    files = dict(data=arguments.data, out=arguments.out and writable(arguments.out), items=arguments.items)
     with reading(arguments.file) as path:
-        result = score_file(arguments.benchmark, path, rule=arguments.rule, **files)
+        result = score_file(arguments.benchmark, path, rule=arguments.rule, partial=arguments.partial, **files)
     if arguments.json: print_json(result)
     else: print(text_table([{key: value for key, value in result.items() if key != 'details'}]))
+    return 0
+
+def command_completion(arguments) -> int:
+    "Print a script for a shell."
+    import shtab
+    print(shtab.complete(build_parser(), arguments.shell))
     return 0
 
 def command_ledger(arguments) -> int:
@@ -790,7 +842,10 @@ def command_ledger(arguments) -> int:
             print(f'{count} whole entries: {out}; use this file instead')
             return 3
         with Ledger(path, read_only=True) as ledger:
-            if arguments.action == 'stats': return print(text_table(ledger.stats()) or 'no calls') or 0
+            if arguments.action == 'stats':
+                if arguments.json: print_json(ledger.stats())
+                else: print(text_table(ledger.stats()) or 'no calls')
+                return 0
             out = arguments.out or str(Path(arguments.path).with_suffix('.jsonl'))
             print(f'{ledger.export(writable(out))} calls: {out}')
     return 0
@@ -827,16 +882,20 @@ def _add_run(commands):
                    'kyara run runs/demo.yaml --set synthesis.max_rows=50')
     run.add_argument('recipe', help='a YAML file, e.g. runs/demo.yaml')
     run.add_argument('--set', action='append', default=[], metavar='STAGE.PARAM=VALUE',
-                     help='change a parameter; may be repeated')
+                     help='change a parameter; may be repeated; of several values (1,2) each makes a run')
     run.add_argument('--from', dest='from_stage', default='', metavar='STAGE',
                      help='run this stage and all after it again')
     run.add_argument('--only', default='', metavar='STAGE', help='run this stage alone, again')
+    run.add_argument('--dry-run', action='store_true', help='only say what calls, money and hours it would take')
+    run.add_argument('--assume', action='append', default=[], metavar='STAGE=ROWS',
+                     help='rows that a stage has to work on, for --dry-run; may be repeated')
     run.add_argument('--fresh', action='store_true', help='throw away what these stages wrote before')
 
 def _add_looks(commands):
     status = _command(commands, command_status, 'show stages, rows, cost, time and what would run next',
                       'kyara status runs/demo')
     status.add_argument('run', help='folder of a run, or its recipe')
+    status.add_argument('--json', action='store_true', help='print JSON')
     report = _command(commands, command_report, 'write one self-contained HTML page about a run',
                       'kyara report runs/demo')
     report.add_argument('run', help='folder of a run')
@@ -898,6 +957,8 @@ def _add_text_commands(commands):
     score.add_argument('--rule', default=None, help='a named rule, if the benchmark has several')
     score.add_argument('--data', default=None, metavar='FOLDER', help='further files a benchmark needs')
     score.add_argument('--out', default=None, metavar='FILE', help="write each row's own correctness here")
+    score.add_argument('--items', default=None, metavar='FILE', help='the items that were asked; outputs for others are refused')
+    score.add_argument('--partial', action='store_true', help='score a part of the items, and say so')
     score.add_argument('--json', action='store_true', help='print JSON')
 
 def _add_ledger(commands):
@@ -906,6 +967,10 @@ def _add_ledger(commands):
     ledger.add_argument('action', choices=['stats', 'export', 'verify'])
     ledger.add_argument('path', metavar='PATH', help='a ledger')
     ledger.add_argument('--out', default=None, metavar='FILE', help='where export writes (PATH with .jsonl)')
+    ledger.add_argument('--json', action='store_true', help='print JSON (stats)')
+    completion = _command(commands, command_completion, 'print what a shell needs to complete commands and options',
+                          'source <(kyara completion bash)')
+    completion.add_argument('shell', choices=['bash', 'zsh', 'tcsh'])
 
 # %% ../nbs/20_run.ipynb #20000066
 def main(

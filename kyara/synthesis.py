@@ -8,11 +8,11 @@ __all__ = ['REPAIR_PROMPT', 'REPAIRABLE', 'ANSWER_PROMPT', 'FOLLOW_PROMPT', 'QUA
            'answer_knowledge', 'FollowUp', 'as_text', 'follow_up_problem', 'ask_follow_ups', 'continue_dialogues',
            'add_turn', 'Quality', 'Guess', 'rate_passages', 'back_translate', 'write_references', 'judge_cited',
            'answer_with_references', 'refuse', 'answer_in_role', 'judge_role', 'answer_english', 'synthesise', 'ground',
-           'answer_and_continue', 'synthesise_shards', 'next_shard', 'at_most', 'write_part']
+           'answer_and_continue', 'synthesise_shards', 'next_shard', 'at_most', 'write_part', 'measure_search']
 
 # %% ../nbs/11_synthesis.ipynb #11000002
-import itertools, json, math, random
-from collections.abc import Callable, Iterator
+import heapq, itertools, json, math, random
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,13 +21,14 @@ from pydantic import Field
 from .cite import REFUSAL, citation_gate
 from .core import details, drop, row_schema, write_shard
 from .drafts import (Draft, Form, ask_form, clean_answer, clean_language, draft_row, drop_draft, fill,
-                          lint_counts, lint_table, lot, portion, repaired_pairs, sample_chunks, settle, strictest_license)
+                          claim_license, lint_counts, lint_table, lot, portion, repaired_pairs, sample_chunks, settle,
+                          stream_chunks, strictest_license)
 from .forms import (DOCUMENT_FORMS, INSTRUCTIONS, RETRIEVAL_FORM, RULE_SETS, broken_rule, form_problem, harmless,
                          parse_retrieval_prompt, plain_citations, retrieval_prompt, write_system_message)
-from .index import KnowledgeBase
+from .index import KnowledgeBase, retrieval_quality
 from .llm import Client, Reply, as_messages
-from .questions import (ask_questions, assign_tasks, evolve_questions, plain, question_problem, rewrite_english,
-                             undo_evolution)
+from .questions import (ask_questions, assign_tasks, evolve_questions, plain, question_problem, read_instructions,
+                             rewrite_english, undo_evolution)
 from .retrieval import (add_distractors, expand_queries, find_documents, find_unhelpful, judge_documents,
                              rethink, summarise_documents)
 from .zh import fix_taiwan
@@ -511,7 +512,7 @@ def answer_and_continue(
 
 # %% ../nbs/11_synthesis.ipynb #11000038
 def synthesise_shards(
-    chunks: list[dict], # Sampled, in the order to take them
+    chunks: Iterable[dict], # Sampled, in the order to take them
     kb: KnowledgeBase,
     teacher: Client,
     target: int, # Rows wanted; 0: what all chunks give
@@ -520,11 +521,15 @@ def synthesise_shards(
     **settings, # Of `synthesise`
 ) -> Iterator[dict[str, list[dict]]]: # `dialogue` and `dropped` rows of each shard
     "Work through chunks, shard by shard, until enough rows are kept."
-    kept, asked, seen = 0, 0, {}
-    while asked < len(chunks) and (not target or kept < target):
+    rest, kept, asked, seen = iter(chunks), 0, 0, {}
+    pool = list(itertools.islice(rest, 500)) # Distractors are drawn from these
+    rest = itertools.chain(pool, rest)
+    while not target or kept < target:
         size = next_shard(target, kept, asked, settings['questions_per_chunk'], shard_size)
-        shard, asked = chunks[asked:asked + size], asked + size
-        made = synthesise(shard, kb, teacher, seed=seed, seen=seen, pool=chunks[:500], **settings)
+        shard = list(itertools.islice(rest, size))
+        if not shard: return
+        asked += len(shard)
+        made = synthesise(shard, kb, teacher, seed=seed, seen=seen, pool=pool, **settings)
         if target: made = at_most(made, target - kept, seed)
         kept += len(made['dialogue'])
         yield made
@@ -556,3 +561,15 @@ def write_part(
         (folder / name).mkdir(parents=True, exist_ok=True)
         write_shard(rows, folder / name / f'part-{number:05d}.parquet', schema)
     return {'kept': len(parts['dialogue']), 'dropped': len(parts['dropped']), 'repaired': len(parts['preference'])}
+
+# %% ../nbs/11_synthesis.ipynb #11000042
+def measure_search(
+    rows: Iterable[dict], # Dialogue rows
+    kb: KnowledgeBase, # What they were made from
+    most: int, # Questions to ask at most, drawn by lot
+    seed: int,
+) -> dict[str, float]: # As `retrieval_quality` gives it; {} if no row has a passage
+    "Measure how well the rows' own questions find their passages."
+    pairs = ((details(row).get('question'), row['meta']['source_ids'][0]) for row in rows if row['task'] in TASKS)
+    drawn = heapq.nsmallest(most, pairs, key=lambda pair: (lot(seed, 'search', *pair), pair))
+    return retrieval_quality(kb, drawn) if drawn else {}

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'FOLDED_RANGES', 'OPENING', 'CLOSING', 'BOUNDARY', 'ABBREVIATION', 'AFTER_END', 'GOES_ON', 'HAN', 'RUN',
            'NEVER_IN_TAIWAN', 'IN_BOTH', 'COMMON_ENGLISH', 'ADDRESS', 'CODE', 'SENTENCE_END', 'THERE', 'SPOKEN_BEFORE',
-           'SPOKEN_BEHIND', 'ENTERPRISE', 'SHARED_IN_PHRASES', 'CHINESE', 'FULL_WIDTH', 'HALF_WIDTH', 'PAIRS', 'DOTS',
-           'PLACE', 'QUOTATION', 'KINDS_OF_FINDINGS', 'fold_table', 'fold_script', 'converter', 'to_traditional',
-           'split_sentences', 'tokens', 'script_characters', 'detect_language', 'Finding', 'mask_code', 'read_data',
-           'own_words', 'Sense', 'sense_table', 'senses', 'vocabulary', 'word_pattern', 'find_words', 'sense_of',
-           'is_spoken_of', 'find_simplified', 'find_punctuation', 'find_variants', 'lint_taiwan', 'fix_taiwan',
-           'findings_per_thousand', 'judge_findings', 'precision_recall']
+           'SPOKEN_BEHIND', 'ENTERPRISE', 'SHARED_IN_PHRASES', 'CHINESE', 'FULL_WIDTH', 'HALF_WIDTH', 'INSIDE', 'PAIRS',
+           'DOTS', 'PLACE', 'QUOTATION', 'KINDS_OF_FINDINGS', 'fold_table', 'fold_script', 'converter',
+           'to_traditional', 'split_sentences', 'tokens', 'script_characters', 'detect_language', 'Finding',
+           'mask_code', 'read_data', 'own_words', 'Sense', 'sense_table', 'senses', 'vocabulary', 'word_pattern',
+           'find_words', 'sense_of', 'is_spoken_of', 'find_simplified', 'find_punctuation', 'find_variants',
+           'lint_taiwan', 'fix_taiwan', 'findings_per_thousand', 'judge_findings', 'precision_recall']
 
 # %% ../nbs/04_zh.ipynb #04000002
-import bisect, functools, math, re, unicodedata
+import bisect, functools, itertools, math, operator, re, unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -175,7 +175,7 @@ def _looks_english(text):
     return len(words) < 8 or common * 12 >= len(words)
 
 # %% ../nbs/04_zh.ipynb #04000021
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Finding:
     "Something that Taiwan would write in another way."
     start: int # Character offset
@@ -327,21 +327,21 @@ SHARED_IN_PHRASES = re.compile(r'什么|怎么|这么|那么|多么|要么|[以�
 def find_simplified(
     prose: str, # Text, code masked
     traditional: str, # The same in Traditional characters, same length
-) -> list[tuple[int, int, float]]: # Runs that Traditional writes otherwise, with confidence
+) -> list[tuple[int, int, str, float]]: # Runs that Traditional writes otherwise: start, end, suggestion, confidence
     "Find Simplified characters."
     if prose is traditional: return []
     only_simplified, _ = script_characters()
     pairs = enumerate(zip(prose, traditional))
     changed = [place for place, (one, other) in pairs if one != other and one != '台']
-    sure = [place for place in changed if prose[place] in only_simplified]
+    known = [prose[place] in only_simplified for place in changed]
+    sure = list(itertools.compress(changed, known))
     phrases = {place for match in SHARED_IN_PHRASES.finditer(prose) for place in range(*match.span())}
-    certain, runs = phrases.union(sure), []
-    for place in changed:
-        if not (place in certain or _is_near(place, sure)): continue
-        if runs and runs[-1][1] == place: runs[-1][1] = place + 1
-        else: runs.append([place, place + 1])
-    sure_run = [not only_simplified.isdisjoint(prose[start:end]) for start, end in runs]
-    return [(start, end, 0.95 if known else 0.8) for (start, end), known in zip(runs, sure_run)]
+    runs = []
+    for place, certain in zip(changed, known):
+        if not (certain or place in phrases or _is_near(place, sure)): continue
+        if runs and runs[-1][1] == place: runs[-1] = [runs[-1][0], place + 1, runs[-1][2] or certain]
+        else: runs.append([place, place + 1, certain])
+    return [(start, end, traditional[start:end], 0.95 if certain else 0.8) for start, end, certain in runs]
 
 def _is_near(place, sure):
     following = bisect.bisect_left(sure, place)
@@ -350,14 +350,15 @@ def _is_near(place, sure):
 # %% ../nbs/04_zh.ipynb #04000040
 CHINESE = '\u3400-\u9fff\uf900-\ufaff'
 FULL_WIDTH = {',': '，', ';': '；', ':': '：', '?': '？', '!': '！', '.': '。'}
-HALF_WIDTH = re.compile(rf'(?<=[{CHINESE}」』）】》])[,;:?!](?![\w/\\,;:]|\0)' # At the end of a Chinese clause
-                        rf'|(?<=[{CHINESE}」』）])[,;:?!](?=[{CHINESE}「『（《“])' # Between Chinese
-                        rf'|(?<=[A-Za-z])[,;:?!](?=[{CHINESE}「『（《])' # Before Chinese
-                        rf'|(?<=[{CHINESE}][?!])[?!]'
-                        rf'|(?<=[{CHINESE}」』）])\.(?=[{CHINESE}\n」』]|\s*$)')
-PAIRS = re.compile(rf'(?:(?<=[{CHINESE}])\((?=[^()\n]*[{CHINESE}])[^()\n]{{1,80}}\)'
-                   rf'|\((?=[^()\n]*[{CHINESE}])[^()\n]{{1,80}}\)(?=[{CHINESE}]))')
-DOTS = re.compile(rf'(?<=[{CHINESE}])(?:(。{{3,}}|\.{{3,}})|。。)')
+HALF_WIDTH = re.compile( # Each begins with the mark itself, which `re` looks for faster than for what stands before
+    rf'[,;:?!.](?:(?<=[{CHINESE}」』）】》][,;:?!])(?![\w/\\,;:]|\0)' # At the end of a Chinese clause
+    rf'|(?<=[{CHINESE}」』）][,;:?!])(?=[{CHINESE}「『（《“])' # Between Chinese
+    rf'|(?<=[A-Za-z][,;:?!])(?=[{CHINESE}「『（《])' # Before Chinese
+    rf'|(?<=[{CHINESE}][?!][?!])'
+    rf'|(?<=[{CHINESE}」』）]\.)(?=[{CHINESE}\n」』]|\s*$))')
+INSIDE = rf'(?=[^()\n]*[{CHINESE}])[^()\n]{{1,80}}\)'
+PAIRS = re.compile(rf'\((?:(?<=[{CHINESE}]\(){INSIDE}|{INSIDE}(?=[{CHINESE}]))')
+DOTS = re.compile(rf'[。.](?<=[{CHINESE}][。.])(?:(?<=。)(?:(。{{2,}})|。)|(?<=\.)(\.{{2,}}))')
 
 def find_punctuation(
     prose: str, # Text, code masked
@@ -368,7 +369,7 @@ def find_punctuation(
         yield match.start(), match.start() + 1, '（', 0.8
         yield match.end() - 1, match.end(), '）', 0.8
     for match in DOTS.finditer(prose):
-        yield *match.span(), '……' if match[1] else '。', 0.8
+        yield *match.span(), '……' if match[1] or match[2] else '。', 0.8
     if '“' in prose or '‘' in prose: yield from _mainland_quotes(prose)
 
 def _mainland_quotes(prose):
@@ -412,18 +413,21 @@ def lint_taiwan(
     prose = mask_code(text)
     traditional = _same_length(prose)
     found = [('vocabulary', *finding) for finding in find_words(traditional)]
-    for start, end, confidence in find_simplified(prose, traditional):
-        found.append(('simplified', start, end, traditional[start:end], confidence))
-    found += [('punctuation', *finding) for finding in find_punctuation(prose)]
+    found += [('simplified', *finding) for finding in find_simplified(prose, traditional)]
+    found += [('punctuation', *finding) for finding in sorted(find_punctuation(prose))]
     found += [('variant', *finding) for finding in find_variants(prose)]
     quoted = _inside(QUOTATION, prose) if found else []
     return [Finding(start, end, text[start:end], kind, suggestion, min(confidence, _most(quoted, start, end)))
-            for kind, start, end, suggestion, confidence in _no_overlap(found)]
+            for kind, start, end, suggestion, confidence in _no_overlap(found, len(text))]
 
 def _same_length(prose):
     if not _may_be_simplified(prose): return prose
-    lines = [(line, to_traditional(line) if _may_be_simplified(line) else line) for line in prose.split('\n')]
-    return '\n'.join(new if len(new) == len(line) else line for line, new in lines)
+    lines = prose.split('\n')
+    places = [place for place, line in enumerate(lines) if _may_be_simplified(line)]
+    converted = to_traditional('\n'.join(lines[place] for place in places)).split('\n') # One call, not one a line
+    for place, line in zip(places, converted, strict=True):
+        if len(line) == len(lines[place]): lines[place] = line
+    return '\n'.join(lines)
 
 def _may_be_simplified(text):
     return not script_characters()[0].isdisjoint(text) or bool(SHARED_IN_PHRASES.search(text))
@@ -440,20 +444,16 @@ def _most(spans, start, end):
     following = bisect.bisect_right(spans, (start, math.inf))
     return 0.5 if following and spans[following - 1][1] >= end else 1.0
 
-def _no_overlap(found):
-    order, taken, kept = ('vocabulary', 'simplified', 'punctuation', 'variant'), set(), []
-    for finding in sorted(found, key=lambda item: (order.index(item[0]), item[1])):
+def _no_overlap(found, length): # What is found first stays; a run in Simplified that a word covers in part keeps its rest
+    taken, kept = bytearray(length), []
+    for finding in found:
         kind, start, end, suggestion, confidence = finding
-        if taken.isdisjoint(range(start, end)): kept.append(finding)
-        elif kind == 'simplified': # Of a run that a word covers in part, the rest stays
-            kept += [(kind, first, last, suggestion[first - start:last - start], confidence)
-                     for first, last in _rest(start, end, taken)]
-        taken.update(range(start, end))
-    return sorted(kept, key=lambda item: item[1])
-
-def _rest(start, end, taken):
-    free = ''.join(' ' if place in taken else 'x' for place in range(start, end))
-    return [(start + match.start(), start + match.end()) for match in re.finditer('x+', free)]
+        if 1 not in taken[start:end]: kept.append(finding)
+        elif kind == 'simplified':
+            free = re.finditer(b'\0+', taken[start:end])
+            kept += [(kind, start + run.start(), start + run.end(), suggestion[slice(*run.span())], confidence) for run in free]
+        taken[start:end] = b'\1' * (end - start)
+    return sorted(kept, key=operator.itemgetter(1))
 
 # %% ../nbs/04_zh.ipynb #04000047
 def fix_taiwan(

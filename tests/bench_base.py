@@ -2,9 +2,13 @@
 
 Dialogues are recombined from the sentences of ../shared/data/drcd; a thousand of them come again as planted repeats of each kind.
 Every contestant works on the same rows in a process of its own, so that its memory is its own. Not part of the tests;
-`pip install semhash` for that contestant, which is left out where it is missing.
+`pip install semhash` for that contestant, which is left out where it is missing. Its own models have to be fetched, so it is given
+an encoder of hashed character 3-grams, and its column says how its search does, not its models.
+
+`python tests/bench_base.py 1000000 --stage` sends so many short rows through the whole base stage. Beside the time on the clock
+stands the time of the processor, which tells more where other work runs on the machine.
 """
-import argparse, importlib.util, json, random, resource, subprocess, sys, time
+import argparse, importlib.util, json, random, resource, subprocess, sys, tempfile, time
 from collections import Counter
 from pathlib import Path
 
@@ -79,10 +83,10 @@ def near_semhash(rows):
             hashes, starts = hash_grams(list(texts))
             places = np.repeat(np.arange(len(texts)), np.diff(starts, append=len(hashes))) * 512 + (hashes >> 1) % 512
             return np.bincount(places, 1.0 - 2.0 * (hashes & 1), len(texts) * 512).reshape(-1, 512).astype(np.float32)
-    texts = [compared_text(row) for row in rows]
-    found = SemHash.from_records([{'text': text, 'id': row['id']} for text, row in zip(texts, rows)], columns=['text'], model=Grams())
-    result = found.self_deduplicate(threshold=0.75)
-    return {row['id'] for row in rows} - {record['id'] for record in result.selected}
+    records = [{'text': compared_text(row), 'number': number} for number, row in enumerate(rows)]
+    result = SemHash.from_records(records, columns=['text'], model=Grams()).self_deduplicate(threshold=0.75)
+    kept = {record['number'] for record in result.selected}
+    return {row['id'] for number, row in enumerate(rows) if number not in kept}
 
 def measure_contamination(count: int) -> str:
     "Look for ten thousand evaluation items in all rows: DRCD's questions, some with the beginning of a row."
@@ -93,10 +97,48 @@ def measure_contamination(count: int) -> str:
     asked = [question['question'] for article in articles for paragraph in article['paragraphs'] for question in paragraph['qas']]
     planted = [row['messages'][1]['content'][:80] for row in rows[:len(rows) // 20]]
     items = [(f'item{n}', asked[n % len(asked)] if n >= len(planted) else planted[n]) for n in range(10_000)]
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     found = sum('drop_reason' in row for row in drop_contaminated(rows, ItemIndex(items)))
-    return (f'{count:>7}  contamination: {time.perf_counter() - started:.1f} s against {len(items)} items, {found} rows dropped; '
+    return (f'{count:>7}  contamination: {time.perf_counter() - started:.1f} s ({time.process_time() - worked:.1f} s of a processor) '
+            f'against {len(items)} items, {found} rows dropped; '
             f'{len(planted)} items were cut from rows; peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB')
+
+def write_short_rows(count: int, folder: Path) -> list[str]: # Paths of rows and of held-out items
+    "Write rows of two sentences, a tenth of them repeats, and DRCD's questions."
+    import gzip
+    from kyara.corpus import read_documents
+    from kyara.zh import split_sentences
+    drawn = random.Random(1)
+    texts = [document['text'] for document, _ in read_documents(DRCD) if document]
+    sentences = [text[start:end] for text in texts for start, end in split_sentences(text) if 8 < end - start < 60]
+    with open(folder / 'rows.jsonl', 'w', encoding='utf-8') as file:
+        for number in range(count):
+            if number % 10 == 9: row = {**row, 'output': row['output'] + '這件事很多人都知道。'}
+            else:
+                first, second = drawn.sample(sentences, 2)
+                row = {'instruction': f'請介紹{first[:6]}。', 'output': first + second}
+            file.write(json.dumps(row, ensure_ascii=False) + '\n')
+    articles = json.loads(gzip.decompress(DRCD.read_bytes()))['data']
+    asked = [question for article in articles for paragraph in article['paragraphs'] for question in paragraph['qas']]
+    lines = [json.dumps({'id': question['id'], 'question': question['question']}, ensure_ascii=False) for question in asked]
+    (folder / 'items.jsonl').write_text('\n'.join(lines), encoding='utf-8')
+    return [str(folder / name) for name in ('rows.jsonl', 'items.jsonl')]
+
+def measure_stage(count: int) -> str:
+    "Send short rows through the whole base stage."
+    from kyara.base import describe_rows, make_base
+    from kyara.core import read_rows
+    with tempfile.TemporaryDirectory() as folder:
+        rows, items = write_short_rows(count, Path(folder))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        started, worked = time.perf_counter(), time.process_time()
+        counts = make_base(Path(folder, 'base'), [rows], weights={}, caps={}, licenses={}, held_out=[items], limits={}, simplified='drop',
+                           near_threshold=0.55, semantic_threshold=0.95, embedding='', seed=0)
+        statistics = describe_rows(read_rows(Path(folder, 'base')))
+        spent, worked = time.perf_counter() - started, time.process_time() - worked
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return (f'{count:>7}  stage: {spent:.0f} s ({worked:.0f} s of a processor), {statistics["tokens"] / statistics["dialogues"]:.0f} characters a row, '
+            f'peak {peak:.0f} MB (before {before:.0f}); {json.dumps(dict(counts.most_common()))}')
 
 CONTESTANTS = {'kyara': near_kyara, 'datasketch': near_datasketch, 'semhash': near_semhash}
 
@@ -104,11 +146,11 @@ def measure(name: str, count: int) -> dict:
     "Let a contestant find the repeats; in a process of its own."
     rows, kinds = make_rows(count)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     gone = CONTESTANTS[name](rows)
-    spent = time.perf_counter() - started
+    spent, worked = time.perf_counter() - started, time.process_time() - worked
     found = Counter(kinds[row] for row in gone if row in kinds)
-    return {'rate': len(rows) / spent, 'before': before, 'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    return {'rate': len(rows) / spent, 'cpu_rate': len(rows) / worked, 'before': before, 'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             'recall': {kind: found[kind] / PLANTED for kind in MUST}, 'precision': sum(row in kinds for row in gone) / max(1, len(gone))}
 
 def main():
@@ -116,10 +158,12 @@ def main():
     parser.add_argument('counts', nargs='*', type=int, default=[10_000, 100_000])
     parser.add_argument('--only', nargs='*', default=list(CONTESTANTS))
     parser.add_argument('--child', help=argparse.SUPPRESS)
+    parser.add_argument('--stage', action='store_true')
     arguments = parser.parse_args()
+    if arguments.stage: return print(measure_stage(arguments.counts[0]), flush=True)
     if arguments.child == 'contamination': return print(measure_contamination(arguments.counts[0]))
     if arguments.child: return print(json.dumps(measure(arguments.child, arguments.counts[0])))
-    print(f"{'rows':>7}  {'contestant':11} {'rows/s':>7} {'peak MB':>8} (rows alone) {'precision':>9}  recall of {', '.join(MUST)}")
+    print(f"{'rows':>7}  {'contestant':11} {'rows/s':>7} {'a CPU s':>7} {'peak MB':>8} (rows alone) {'precision':>9}  recall of {', '.join(MUST)}")
     for count in arguments.counts:
         for name in arguments.only:
             if name == 'semhash' and not importlib.util.find_spec('semhash'):
@@ -128,7 +172,7 @@ def main():
             done = subprocess.run([sys.executable, __file__, str(count), '--child', name], capture_output=True, text=True)
             if done.returncode: sys.exit(done.stderr)
             row = json.loads(done.stdout.splitlines()[-1])
-            print(f"{count:>7}  {name:11} {row['rate']:7.0f} {row['peak']:8.0f} {row['before']:12.0f} {row['precision']:9.4f}  "
+            print(f"{count:>7}  {name:11} {row['rate']:7.0f} {row['cpu_rate']:7.0f} {row['peak']:8.0f} {row['before']:12.0f} {row['precision']:9.4f}  "
                   + ' '.join(f'{share:.3f}' for share in row['recall'].values()), flush=True)
         subprocess.run([sys.executable, __file__, str(count), '--child', 'contamination'], check=True)
 

@@ -1,7 +1,10 @@
 """Base set: every drop reason, every layout, planted duplicates and planted evaluation items"""
+import gzip
 import json
 import random
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -71,15 +74,24 @@ def test_limits_are_checked_and_used(tmp_path):
 
 
 CHINESE = '玉山是臺灣最高的山，海拔3,952公尺。'
+TALK = [{'from': 'human', 'value': '玉山多高'}, {'from': 'gpt', 'value': CHINESE}]
+MAGPIE = {'uuid': 'u', 'model': 'Qwen/Qwen2-72B-Instruct', 'gen_input_configs': {'temperature': 1.0, 'top_p': 1.0, 'input_generator': 'q', 'seed': 7,
+          'extract_input': ''}, 'instruction': '玉山多高', 'response': CHINESE, 'conversations': TALK, 'task_category': 'Information seeking',
+          'other_task_category': [''], 'task_category_generator': 'q', 'difficulty': 'easy', 'intent': 'ask', 'knowledge': 'geography',
+          'difficulty_generator': 'q', 'input_quality': 'good', 'quality_explanation': 'clear', 'quality_generator': 'q', 'llama_guard_2': 'safe',
+          'reward_model': 'r', 'instruct_reward': 0.5, 'min_neighbor_distance': 0.2, 'repeat_count': 0, 'min_similar_uuid': 'u',
+          'instruction_length': 4, 'response_length': 20, 'language': 'ZH'}
+HERMES = {'custom_instruction': None, 'topic': None, 'model_name': None, 'model': None, 'skip_prompt_formatting': False, 'category': 'orca',
+          'conversations': [{'from': 'human', 'value': 'Capital?', 'weight': None}, {'from': 'gpt', 'value': 'Tokyo.', 'weight': None}], 'views': None,
+          'language': None, 'id': None, 'title': None, 'idx': None, 'hash': None, 'avatarUrl': None, 'system_prompt': None, 'source': 'airoboros2.2'}
+TOME = {'dataset': 'infini', 'id': 1, 'conversations': [{'from': 'system', 'value': 'Be brief.'}, {'from': 'human', 'value': 'Capital?'},
+                                                        {'from': 'gpt', 'value': 'Tokyo.'}]}
 LAYOUTS = [
-    ('teknium/OpenHermes-2.5', {'custom_instruction': None, 'topic': None, 'idx': None, 'system_prompt': None, 'language': None, 'source': 'x',
-                                'conversations': [{'from': 'human', 'value': 'Capital?', 'weight': 0.0}, {'from': 'gpt', 'value': 'Tokyo.', 'weight': 1.0}]}, 'en'),
-    ('arcee-ai/The-Tome', {'dataset': 'infini', 'conversations': [{'from': 'system', 'value': 'Be brief.'}, {'from': 'human', 'value': 'Capital?'},
-                                                                   {'from': 'gpt', 'value': 'Tokyo.'}]}, 'en'),
-    ('Magpie-Align/Magpie-Qwen2-Pro-200K-Chinese', {'uuid': 'u', 'instruction': '玉山多高', 'response': CHINESE, 'conversations': [
-        {'from': 'human', 'value': '玉山多高'}, {'from': 'gpt', 'value': CHINESE}], 'intent': 'ask'}, 'zh-CN'),
+    ('teknium/OpenHermes-2.5', HERMES, 'en'),
+    ('arcee-ai/The-Tome', TOME, 'en'),
+    ('Magpie-Align/Magpie-Qwen2-Pro-200K-Chinese', MAGPIE, 'zh-CN'),
     ('hfl/stem_zh_instruction', {'instruction': '下列何者是鹼性？', 'input': 'A. 醋 B. 肥皂水', 'output': 'B. 肥皂水'}, 'zh-CN'),
-    ('FreedomIntelligence/Evol-Instruct-Chinese-GPT4', {'id': '1', 'conversations': [{'from': 'human', 'value': '玉山多高'}, {'from': 'gpt', 'value': CHINESE}]}, 'zh-CN'),
+    ('FreedomIntelligence/Evol-Instruct-Chinese-GPT4', {'id': '1', 'conversations': TALK}, 'zh-CN'),
     ('zake7749/kyara-chinese-math-sft-s0-30K', {'messages': [{'role': 'user', 'content': '1加1？'}, {'role': 'assistant', 'content': '答案：2'}]}, 'zh-TW'),
     ('my-alpaca', {'prompt': '玉山多高', 'completion': CHINESE}, 'zh-TW'),
 ]
@@ -91,6 +103,20 @@ def test_layout_of_public_set(name, raw, lang):
     assert [turn['role'] for turn in row['messages']][-2:] == ['user', 'assistant']
     assert 'drop_reason' not in row and row['meta']['lang'] == lang and row['meta']['source'] == name
     assert row['meta']['license'] == 'unknown' and base.adapt(raw, name, 'Apache-2.0')['meta']['license'] == 'Apache-2.0'
+
+
+@pytest.mark.parametrize('name, raw, lang', LAYOUTS[:6], ids=[name for name, _, _ in LAYOUTS[:6]])
+def test_public_set_by_name_through_datasets(name, raw, lang, tmp_path, monkeypatch):
+    "A local folder of the set's name stands in for the hub; the library that reads it is the real one."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    (tmp_path / name).mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist([raw] * 3), tmp_path / name / 'train-00000-of-00001.parquet')
+    monkeypatch.chdir(tmp_path)
+    rows = list(base.read_source(f'hf:{name}', 'MIT'))
+    assert len(rows) == 3 and not any('drop_reason' in row for row in rows)
+    assert {(row['meta']['source'], row['meta']['lang'], row['meta']['license']) for row in rows} == {(name, lang, 'MIT')}
+    assert rows[0]['messages'] == base.adapt(raw, name)['messages']
 
 
 def test_no_row_is_lost(tmp_path):
@@ -205,6 +231,133 @@ def test_planted_items_are_found(tmp_path):
     contained = [text for text in clean if index.find(text)]
     shared = [text for text in contained if not any(len(set(item.split('。')) & set(text.split('。'))) >= 1 for item in items)]
     assert not shared, shared
+
+
+DATA = Path('../shared/data')
+REGISTRY = {'tmmluplus': 'tmmluplus/sample_questions_12.jsonl', 'gsm8k': 'gsm8k/test.jsonl.gz', 'crux': 'cruxeval/cruxeval.jsonl.gz',
+            'truthfulqa': 'truthfulqa/mc_task_v1.json.gz', 'mt-bench': 'mt_bench', 'mt-bench-tw': 'mt_bench_tw', 'alignbench': 'alignbench'}
+needs_data = pytest.mark.skipif(not (DATA / 'gsm8k').exists(), reason='needs ../shared/data')
+
+
+@pytest.fixture(scope='module')
+def registry():
+    "Items of the benchmarks that this project can run, a few hundred of each."
+    from kyara.evaluate import item_texts
+    found = {name: list(item_texts({name: str(DATA / path)}).items()) for name, path in REGISTRY.items()}
+    items = {'/'.join(key): text for rows in found.values() for key, text in rows[::-(-len(rows) // 250)]}
+    index = base.ItemIndex(items.items())
+    return {name: text for name, text in items.items() if name not in set(index.too_short)}, index, len(items)
+
+
+CHINESE_WORDS = [('請問', ''), ('请问', ''), ('下列', '以下'), ('何者', '哪一個'), ('如果', '假如'), ('因為', '由於'), ('因为', '由于'), ('可以', '能夠'),
+                 ('以及', '和'), ('並且', '而且'), ('什么', '啥'), ('请', '麻烦'), ('請', '麻煩'), ('一個', '一項'), ('一个', '一项'), ('怎么', '如何'),
+                 ('哪些', '哪幾種'), ('的', '之'), ('给出', '提供'), ('需要', '必須'), ('是', '乃是'), ('有', '具有')]
+ENGLISH_WORDS = [('What is', "What's"), ('What are', 'Which are'), ('How many', 'What number of'), ('how many', 'what number of'), (' that ', ' which '),
+                 (' can ', ' could '), (' also ', ' additionally '), ('Please ', ''), (' each ', ' every '), (' buys ', ' purchases '),
+                 (' makes ', ' produces '), (' gets ', ' receives '), (' and ', ' as well as '), (' the ', ' that '), (' has ', ' owns '),
+                 ('Write', 'Please write'), (' in ', ' within '), (' if ', ' when '), ('Who ', 'Which person '), (' to ', ' in order to ')]
+
+
+def reword(text, chance):
+    "Change a word in 25 Chinese characters or 90 Latin letters: by another of the same meaning, or by a particle put in."
+    chinese = len(re.findall('[一-鿿]', text)) > len(text) / 4
+    changes, words = max(1, len(text) // (25 if chinese else 90)), list(CHINESE_WORDS if chinese else ENGLISH_WORDS)
+    chance.shuffle(words)
+    for old, new in [pair for pair in words if pair[0] in text][:changes]:
+        text, changes = text.replace(old, new, 1), changes - 1
+    for _ in range(changes):
+        places = [place.end() for place in re.finditer('[一-鿿](?=[一-鿿])' if chinese else ' ', text)] or [0]
+        place = chance.choice(places)
+        text = text[:place] + (chance.choice('了也就') if chinese else chance.choice(['really ', 'actually ', 'exactly '])) + text[place:]
+    return text
+
+
+@needs_data
+def test_planted_items_of_the_registry_are_found(registry):
+    from kyara.zh import to_traditional
+    items, index, count = registry
+    assert len(items) > 0.98 * count, 'hardly any is too short to look for'
+    around = '這裡先說明背景。' + PLAIN * 8
+    ways = {'verbatim': str, 'folded': fold_script, 'Traditional': to_traditional, 'in a text': lambda text: around + text + around,
+            'in lines': lambda text: f'{around}\n\n{text}\n\n{around}'}
+    for way, vary in ways.items():
+        found = dict(zip(items, index.find_all([vary(text) for text in items.values()]), strict=True))
+        assert not [name for name in found if not found[name]], way
+    chance, worded = random.Random(5), [text for name, text in items.items() if not name.startswith('crux/')] # Code has no other words
+    found = index.find_all([reword(text, chance) for text in worded])
+    assert sum(map(bool, found)) >= 0.9 * len(worded), sum(map(bool, found)) / len(worded)
+
+
+@needs_data
+def test_shuffled_options_are_found():
+    from kyara.score import read_outputs
+    raw, chance = read_outputs(DATA / 'tmmluplus/sample_questions_12.jsonl'), random.Random(2)
+    rows = [{'question': row['question'], 'choices': [row[letter] for letter in 'ABCD']} for row in raw]
+    truthful = json.loads(gzip.decompress((DATA / 'truthfulqa/mc_task_v1.json.gz').read_bytes()))[:300]
+    rows += [{'question': row['question'], 'choices': list(row['mc1_targets'])} for row in truthful]
+    index = base.ItemIndex((str(number), base.item_text(row)) for number, row in enumerate(rows))
+    asked = []
+    for row in rows:
+        options = chance.sample(row['choices'], len(row['choices']))
+        asked.append('\n'.join([row['question'], *(f'({letter}) {option}' for letter, option in zip('ABCDEFGHIJKLM', options))]))
+    assert not index.too_short and all(index.find_all(asked)), [rows[n] for n, name in enumerate(index.find_all(asked)) if not name]
+
+
+@needs_data
+def test_other_texts_are_no_items(registry):
+    "The questions and paragraphs of DRCD have nothing to do with the benchmarks: at most one in a thousand may be taken for an item."
+    articles = json.loads(gzip.decompress((DATA / 'drcd/DRCD_dev.json.gz').read_bytes()))['data']
+    paragraphs = [paragraph for article in articles for paragraph in article['paragraphs']]
+    clean = [paragraph['context'] for paragraph in paragraphs] + [asked['question'] for paragraph in paragraphs for asked in paragraph['qas']]
+    found = list(filter(None, registry[1].find_all(clean)))
+    assert len(clean) > 4000 and len(found) < 0.001 * len(clean), found
+
+
+def test_items_in_other_words_are_found_by_a_model(tmp_path):
+    item = '臺灣最長的河流是哪一條河流，它的長度是多少公里？'
+    turned = '哪一條河流是臺灣最長的河流，多少公里是它的長度？'
+    held_out = write_lines(tmp_path / 'items.jsonl', [{'id': 'river', 'question': item}])
+    source = write_lines(tmp_path / 'rows.jsonl', [talk(turned, '濁水溪是臺灣最長的河流。'), talk('玉山多高？', PLAIN)])
+    meanings = base.MeaningIndex([('river', item)], 'hashing:512', least=0.6)
+    assert meanings.find_all([turned, '玉山多高？'])[0].startswith('river 0.') and not meanings.find_all(['玉山多高？'])[0]
+    [row, other] = base.drop_contaminated(base.read_source(str(source)), meanings)
+    assert row['drop_reason'] == 'contaminated' and row['evidence'].startswith('river 0.') and 'drop_reason' not in other
+    assert run(tmp_path / 'out', [source], held_out=[str(held_out)], embedding='hashing:512')['kept'] >= 1
+
+
+def test_passes_say_what_they_kept_and_dropped(tmp_path):
+    chance, originals = random.Random(3), texts(30)
+    rows = [talk('請介紹這件事。', text) for text in [*originals, *originals[:4], *(change(text, 0.05, chance) for text in originals[:9])]]
+    counts = run(tmp_path / 'out', [write_lines(tmp_path / 'rows.jsonl', rows)])
+    report = json.loads((tmp_path / 'out/passes.json').read_text())
+    exact, near, semantic = report['passes']
+    assert (exact['dropped'], near['dropped'], semantic['dropped']) == tuple(counts[name] for name in ('duplicate', 'near_duplicate', 'semantic_duplicate'))
+    assert exact['dropped'] == 4 and exact['kept'] == 39 and near['kept'] == 30 and semantic['kept'] == counts['kept']
+    assert 0.55 <= near['similarity'][0] <= near['similarity'][-1] <= 1
+
+
+class Counted(dict):
+    "A row that knows how many of its kind are alive."
+    alive = most = 0
+
+    def __init__(self, row):
+        super().__init__(row)
+        Counted.alive += 1
+        Counted.most = max(Counted.most, Counted.alive)
+
+    def __del__(self):
+        Counted.alive -= 1
+
+
+def test_rows_are_not_held_in_memory(monkeypatch):
+    "Through all three passes, which read twice, at most a few batches of rows are there at a time."
+    class CountedSpool(base.Spool):
+        def __iter__(self):
+            return map(Counted, super().__iter__())
+    monkeypatch.setattr(base, 'Spool', CountedSpool)
+    rows = (Counted(talk(f'第{number}件事是什麼？', f'{number * 7919}號的事是{number * 104729}。')) for number in range(3000))
+    kept = sum('drop_reason' not in row for row in base.drop_semantic(base.drop_near(base.drop_exact(rows), 1.1), 1.0))
+    assert kept == 3000 and Counted.most < 1000, Counted.most
 
 
 def test_contaminated_rows_go_with_the_name_of_the_item(tmp_path):

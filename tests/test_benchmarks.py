@@ -269,6 +269,25 @@ def test_shared_prefixes_change_no_choice(student, tmp_path):
     want = score_rows('truthfulqa', stored, 'mc2')[0]['score']
     assert figures(named(transcripts))['kyara']['truthfulqa-mc2']['score'] == pytest.approx(want, abs=0.02)
 
+def test_truthfulqa_as_the_hub_writes_it(tmp_path):
+    lists = [{**row, **{name: {'choices': list(row[name]), 'labels': list(row[name].values())} for name in ('mc1_targets', 'mc2_targets')}} for row in TRUTHFUL]
+    plain, hub = (read_items(TRUTHFULQA, write(tmp_path/f'{name}.jsonl', rows), partial=True)[0] for name, rows in (('a', TRUTHFUL), ('b', lists)))
+    assert [(item['messages'], item['gold'], item['row']['mc2_targets']) for item in plain] == [(item['messages'], item['gold'], item['row']['mc2_targets']) for item in hub]
+
+def test_rows_that_do_not_say_the_right_choice_are_dropped(tmp_path):
+    row = {'id': '1', 'question': '？', 'choices': ['甲', '乙']}
+    items, dropped = read_items(MMLU_REDUX, write(tmp_path/'items.jsonl', [row, {**row, 'id': '2', 'answer': 1}]), partial=True)
+    assert [item['gold'] for item in items] == ['B'] and dropped[0]['drop_reason'] == 'no_gold'
+
+def test_answers_of_one_token_and_of_several_share_no_batch(student):
+    from kyara.evaluate import _answer_batches
+    groups = {tuple(range(length)): [(length, [1])] * 6 for length in (10, 20, 21, 22, 40)}
+    groups |= {tuple(range(length)): [(length, [1] * 3)] * 6 for length in (11, 23, 24)}
+    batches = list(_answer_batches(groups, 12))
+    assert sorted(len(prompt) for batch in batches for prompt, _ in batch) == [10, 11, 20, 21, 22, 23, 24, 40]
+    # Letters count once a prompt, texts once an answer; a prompt half as long again begins a batch of its own.
+    assert [[len(prompt) for prompt, _ in batch] for batch in batches] == [[10], [20, 21, 22], [40], [11], [23, 24]]
+
 def test_letters_by_log_likelihood(student, tmp_path):
     rows = [{'id': str(number), 'subject': 'physics', 'question': f'第{number}題', 'A': '雪山', 'B': '玉山', 'C': '合歡山', 'D': '大霸尖山', 'answer': 'B'}
             for number in range(5)]

@@ -78,6 +78,12 @@ def test_split_claims(why, answer, want):
     assert split_claims(answer) == want, why
 
 
+@pytest.mark.parametrize('thoughts', ['<think>玉山海拔3,925公尺【id_1】？不對。</think>\n', '先看文件：玉山海拔3,925公尺【id_9】。\n</think>\n\n', '<thinking>\n主峰很高。\n</thinking>'])
+def test_thoughts_claim_nothing(thoughts):
+    documents = {'id_1': '玉山主峰海拔3,952公尺。'}
+    claim, = check_citations(thoughts + '玉山主峰海拔3,952公尺【id_1】。', documents)
+    assert claim.verdict == 'supported' and citation_gate(thoughts + '參考文件缺乏與問題相關資訊', documents) == ''
+
 def test_gate():
     assert citation_gate('參考文件缺乏與問題相關資訊', DOCUMENTS) == '', 'a refusal passes'
     assert citation_gate('', DOCUMENTS).startswith('no_claims'), 'nothing said'

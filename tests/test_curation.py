@@ -8,6 +8,7 @@ import yaml
 from kyara import curation
 from kyara.core import UserError, details, dialogue, read_rows
 from kyara.curation import Candidate
+from kyara.labels import Label, save_labels
 from kyara.llm import Client, Parsed, Reply
 from kyara.reward import make_random_reward_model, open_reward_model
 
@@ -142,6 +143,114 @@ def test_stage_loses_no_row_and_repeats_itself(tmp_path):
     assert list(read_rows(tmp_path / 'b' / 'curation')) == kept
 
 
+def test_tokens_can_be_limited_too():
+    rows = [Candidate(f'm{n}', 'math', ['數學'], {'judge': n, 'style': n}, tokens=40) for n in range(20)]
+    rows += [Candidate(f'g{n}', 'qa', ['地理'], {'judge': n, 'style': n}, tokens=100) for n in range(20)]
+    curation.place_candidates(rows)
+    verdicts = dict(zip((one.row_id for one in rows), curation.select(rows, floor=0.0, max_tokens=500)))
+    picked = [one for one in rows if not verdicts[one.row_id][0]]
+    assert 460 < sum(one.tokens for one in picked) <= 500 and {one.task for one in picked} == {'math', 'qa'}
+    assert Counter(reason for reason, _ in verdicts.values())['over_max_tokens'] == 40 - len(picked)
+
+
+def test_tokens_are_counted_by_the_tokenizer(tmp_path, reward_folder):
+    report = run(tmp_path, max_tokens=2000, tokenizer=str(reward_folder))
+    rows = list(read_rows(tmp_path / 'curation'))
+    counted = [one.tokens for one in curation.read_candidates([{**row, 'meta': {**row['meta'], 'score_judge': 5.0}} for row in rows], str(reward_folder))]
+    assert report['counts']['over_max_tokens'] and 1000 < sum(counted) <= 2200, 'rewriting may change a few'
+
+
+def test_tags_that_come_together_are_found_and_joined():
+    tags = [['數學', '應用題']] * 20 + [['地理', '河流']] * 8 + [['地理', '高山']] * 7 + [['歷史', '地理']] * 2 + [['歷史']] * 8
+    rows = [Candidate(f'r{n}', 'qa', list(names), {'judge': n, 'style': n}) for n, names in enumerate(tags)]
+    found = curation.place_candidates(rows)
+    assert {(one['tag'], one['implies'], one['mutual']) for one in found} == {
+        ('數學', '應用題', True), ('應用題', '數學', True), ('河流', '地理', False), ('高山', '地理', False)}
+    assert rows[0].tags == ['應用題'] and rows[20].tags == ['地理', '河流'] and rows[-1].tags == ['歷史'], 'only what is mutual is joined'
+
+
+def test_tags_that_mean_the_same_are_joined(tmp_path, monkeypatch):
+    import numpy as np
+    meanings = {'演算法': [1, 0], '算法設計': [0.98, 0.2], '地理': [0, 1]}
+    class Embedder:
+        def encode(self, texts): return np.array([meanings[text] for text in texts], np.float32)
+    monkeypatch.setattr(curation, 'open_embedder', lambda name: Embedder())
+    assert curation.merge_meanings(Counter({'演算法': 5, '算法設計': 3, '地理': 4}), 'a model') == {'演算法': '演算法', '地理': '地理', '算法設計': '演算法'}
+
+
+def test_one_voice_takes_the_mixture_away():
+    plain = ['玉山主峰海拔3,952公尺。', '雪山是第二高峰。', '合歡山冬天會下雪。', '大霸尖山形狀像酒桶。', '奇萊山以多變的天氣聞名。', '南湖大山有冰河留下的圈谷。']
+    rivers = [('濁水溪', '最長'), ('高屏溪', '流域最廣'), ('淡水河', '流過臺北盆地'), ('曾文溪', '有最大的水庫'), ('大甲溪', '發電最多'), ('秀姑巒溪', '可以泛舟')]
+    old = [talk(f'說說第{n}座山。', text, model='teacher-a') for n, text in enumerate(plain)]
+    old += [talk(f'介紹{name}。', f'好的，以下是我的回答：\n\n- 名稱：{name}\n- 特色：{what}\n\n希望對你有幫助！', model='teacher-b') for name, what in rivers]
+    new = [text.replace('。', '，值得一去。') for text in plain] + [f'{name}{what}。' for name, what in rivers]
+    meters = curation.StyleMeter(), curation.StyleMeter()
+    for row in old: meters[0].add(row['meta']['model'], row['messages'][-1]['content'])
+    for row in curation.rewrite_rows(old, Scripted(*new)): meters[1].add(details(row)['old_model'], row['messages'][-1]['content'])
+    before, after = (curation.style_spread(meter.table()) for meter in meters)
+    assert before == {'lists': 1.0, 'fillers': 1.0, 'same opening': 0.83, 'template': 1.0}, before
+    assert after == {'lists': 0.0, 'fillers': 0.0, 'same opening': 0.0, 'template': 0.0}, after
+    assert ('好的以下是我的回', 1.0) in meters[0].templates('teacher-b')
+
+
+def test_a_candidate_takes_less_than_a_kilobyte():
+    import tracemalloc
+    row = talk('玉山多高？', '玉山海拔3,952公尺。', tags=['地理', '高山', '數字'], score_judge=8.0, score_reward=0.5, details={'style': 1.0})
+    rows = ({**json.loads(json.dumps(row)), 'id': f'{number:016x}'} for number in range(1500))
+    tracemalloc.start()
+    candidates = curation.read_candidates(rows)
+    curation.place_candidates(candidates)
+    used = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert used / len(candidates) < 1100
+
+
+class Hub:
+    "Takes down what it is asked to do."
+    def __init__(self):
+        self.calls = []
+
+    def create_repo(self, *args, **named):
+        self.calls.append(('create_repo', args, named))
+
+    def upload_folder(self, **named):
+        self.calls.append(('upload_folder', (), named))
+        return 'https://hub.invalid/commit/1'
+
+
+def test_publishing_is_offered_and_never_done_by_itself(tmp_path, monkeypatch):
+    import inspect
+    import huggingface_hub
+    def refuse(*args, **named): raise AssertionError('the stage spoke to the hub')
+    for name in ('create_repo', 'upload_folder'): monkeypatch.setattr(huggingface_hub.HfApi, name, refuse)
+    report = run(tmp_path, max_rows=10)
+    monkeypatch.undo()
+    folder, hub = tmp_path / 'curation', Hub()
+    with pytest.raises(UserError, match='manifest.json, README.md'): curation.push_to_hub(folder, 'a/b', hub=hub)
+    rows = list(read_rows(folder))
+    (folder / 'README.md').write_text(curation.data_card('x', curation.describe_rows(rows), report, rows[:1]), encoding='utf-8')
+    (folder / 'manifest.json').write_text('{}')
+    assert hub.calls == [] and curation.push_to_hub(folder, 'a/b', hub=hub) == 'https://hub.invalid/commit/1'
+    (first, args, named), (second, _, sent) = hub.calls
+    assert (first, args, named['private'], named['repo_type']) == ('create_repo', ('a/b',), True, 'dataset')
+    assert second == 'upload_folder' and sent['allow_patterns'] == ['README.md', 'dialogue/*.parquet']
+    for name, args, named in hub.calls: inspect.signature(getattr(huggingface_hub.HfApi, name)).bind(None, *args, **named)
+
+
+def test_no_card_is_freer_than_its_rows(tmp_path):
+    report = run(tmp_path, max_rows=10)
+    rows = list(read_rows(tmp_path / 'curation'))
+    mixed = [{**row, 'meta': {**row['meta'], 'license': name}} for row, name in zip(rows, ['CC-BY-SA-4.0', 'CC-BY-NC-4.0', 'MIT'] * 4)]
+    statistics = curation.describe_rows(mixed)
+    head = curation.data_card('x', statistics, report, rows[:1]).split('---\n')[1]
+    assert yaml.safe_load(head)['license'] == ['cc-by-nc-4.0', 'cc-by-sa-4.0'], 'both, as neither includes the other'
+    for stated, offender in [('MIT', 'CC-BY-NC-4.0'), ('CC-BY-SA-4.0', 'CC-BY-NC-4.0'), ('CC-BY-NC-4.0', 'CC-BY-SA-4.0')]:
+        with pytest.raises(UserError, match=f'license {stated} is freer than {offender}'): curation.data_card('x', statistics, report, rows[:1], stated)
+    assert yaml.safe_load(curation.data_card('x', statistics, report, rows[:1], 'CC-BY-NC-SA-4.0').split('---\n')[1])['license'] == ['cc-by-nc-sa-4.0']
+    unknown = curation.describe_rows([{**rows[0], 'meta': {**rows[0]['meta'], 'license': 'unknown'}}])
+    with pytest.raises(UserError, match='freer than unknown'): curation.data_card('x', unknown, report, rows[:1], 'MIT')
+
+
 def test_data_card_is_read_by_the_hub(tmp_path):
     report = run(tmp_path, max_rows=10)
     rows = list(read_rows(tmp_path / 'curation'))
@@ -149,6 +258,18 @@ def test_data_card_is_read_by_the_hub(tmp_path):
     _, head, body = card.split('---\n', 2)
     assert yaml.safe_load(head)['license'] == ['cc0-1.0'] and yaml.safe_load(head)['language'] == ['zh']
     assert f"| over_max_rows | {report['counts']['over_max_rows']} |" in body and '[[' not in body.split('## Examples')[0]
+
+
+def test_data_card_tells_of_the_base_set(tmp_path):
+    from kyara.base import make_base
+    base = tmp_path / 'base'
+    counts = make_base(base, [ROWS], weights={}, caps={}, licenses={}, held_out=['tests/data/base_held_out.jsonl'], limits={}, simplified='drop',
+                       near_threshold=0.55, semantic_threshold=0.95, embedding='', seed=0)
+    (base / 'statistics.json').write_text(json.dumps({'dropped': {name: counts[name] for name in counts if name != 'kept'}}))
+    report = run(tmp_path, sources=[base], max_rows=10)
+    rows = list(read_rows(tmp_path / 'curation'))
+    card = curation.data_card('x', curation.describe_rows(rows), report, rows[:1])
+    assert '3 items were looked for, 0 are too short to look for; 1 rows were dropped.' in card and '| contaminated | 1 |' in card
 
 
 def test_mistakes_are_named(tmp_path):
@@ -240,3 +361,20 @@ def test_offline_teacher_answers_every_prompt():
     assert row['meta']['tags'] and 1 <= row['meta']['score_judge'] <= 10
     [new] = curation.rewrite_rows([row], client)
     assert details(new)['rewrite'] in ('done', 'nothing to change') and '【id_d1d2d3d4】' in new['messages'][-1]['content']
+
+
+def test_reviewers_are_obeyed(tmp_path):
+    "A rejected row goes with the reviewer's words; an answer that a person wrote is not written anew."
+    run(tmp_path / 'before')
+    before = list(read_rows(tmp_path / 'before' / 'curation'))
+    written = [row for row in before if details(row)['rewrite'] != 'kept as it is']
+    rejected, edited = (row['meta']['parent_ids'][0] for row in written[:2])
+    answer = '這個回答是審閱的人自己寫的。' + written[1]['messages'][-1]['content']
+    save_labels(tmp_path / 'labels', [Label(rejected, 'base', 'dialogue', 'reject', 'mei', note='答非所問'),
+                                      Label(edited, 'base', 'dialogue', 'edit', 'mei', edited=answer)])
+    report = run(tmp_path / 'after', labels=str(tmp_path / 'labels'))
+    kept, gone = (list(read_rows(tmp_path / 'after' / 'curation', *part)) for part in ((), ('dropped',)))
+    assert report['counts']['reviewer_reject'] == 1 and len(kept) + len(gone) == sum(report['counts'].values())
+    assert [row['evidence'] for row in gone if row['drop_reason'] == 'reviewer_reject'] == ['mei: 答非所問']
+    [mended] = [row for row in kept if row['messages'][-1]['content'] == answer]
+    assert details(mended)['reviewers'] == ['reviewed:mei'] and details(mended)['rewrite'] == 'kept as it is'

@@ -1,5 +1,7 @@
 "What becomes of replies that are no answers, and of hostile ones."
 import json
+import random
+import re
 import time
 
 import pytest
@@ -74,6 +76,28 @@ def test_items_that_stood_in_training_rows_are_found(tmp_path):
     rows = write(tmp_path/'rows.jsonl', [{'id': 'r', 'messages': [turn]}])
     assert contaminated_items(item_texts({'math-held-out': str(path)}), [str(rows)]) == {('math-held-out', '2')}
 
+def test_a_run_in_both_scripts_says_what_the_script_is_worth(tmp_path):
+    from kyara.evaluate import script_ablation, script_table
+    from kyara.sft import make_student
+    texts = [problem(number)['messages'][0]['content'] for number in range(20)]
+    student = str(make_student(texts * 5, tmp_path/'model', vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=1))
+    path = write(tmp_path/'math.jsonl', [problem(number) for number in range(12)])
+    paths = dict.fromkeys(('math-held-out', 'math-held-out-simplified'), path)
+    transcripts, _, _ = evaluate_models({'student': student}, paths, tmp_path/'ledger.sqlite', max_tokens=4)
+    asked = {row['benchmark']: row['messages'][0]['content'] for row in transcripts}
+    assert asked['math-held-out'] == '第11題：3加4是多少？' and asked['math-held-out-simplified'] == '第11题：3加4是多少？'
+    row, = script_ablation(figures(transcripts), transcripts, (), {'student': student})
+    assert row['n'] == 12 and row['low'] <= row['difference'] <= row['high'] and row['tokens_traditional'] < row['tokens_simplified'], row
+    assert f"{row['tokens_traditional']:.3f}, {row['tokens_simplified']:.3f}" in script_table([row])
+    assert '–' in script_table(script_ablation(figures(transcripts), transcripts)) # A model that is not here
+
+def test_models_are_compared_item_by_item():
+    from kyara.evaluate import difference_rows, difference_table
+    row = lambda model, number, score: {'benchmark': 'math-held-out', 'item_id': str(number), 'model': model, 'score': score, 'extracted': '7', 'finish_reason': 'stop'}
+    rows = [row('甲', number, 0.0) for number in range(30)] + [row('乙', number, float(number < 20)) for number in range(30)]
+    got, = difference_rows(figures(rows), rows)
+    assert (got['first'], got['second'], got['n']) == ('甲', '乙', 30) and got['low'] > 0 and '**+66.7' in difference_table([got])
+
 def test_one_model_on_two_scripts(tmp_path):
     row = lambda name, item, score: {'benchmark': name, 'item_id': f'physics/{item}', 'model': 'kyara', 'score': score, 'extracted': 'A', 'finish_reason': 'stop'}
     rows = [row('tmmluplus', number, float(number % 2)) for number in range(40)] + [row('tmmluplus-simplified', number, 1.0) for number in range(40)]
@@ -88,10 +112,26 @@ def test_one_model_on_two_scripts(tmp_path):
 HOSTILE = ['{' * 10**6, '{"a":' * 2 * 10**5, '[' * 10**6, '\\' * 10**6, '9' * 10**6, '"answer": "' * 10**5, '{"answer": [[' + '9' * 10**6,
            '{}' * 5 * 10**5, '[[' + '1' * 10**6, "{'" * 3 * 10**5 + "': 1" * 10**5 + '}', '{"answer": ' + '[' * 10**5 + ']' * 10**5 + '}']
 
-@pytest.mark.parametrize('text', HOSTILE, ids=lambda text: f'{text[:12]}…')
+PIECES = ['{', '}', '[', ']', '[[', ']]', '\\\\', '"', "'", '/', ',', ':', ' ', '\n', '9', '-1.5', '1/', '"answer"', '"answer": "', 'reasoning: ', "': 1",
+          '\\\\boxed{', '[[A', 'A>>B', '综合得分', '{"solution": {', 'House 1', '答案：', '#### ', '%', '一百萬', '$']
+
+def fuzz(seed, size=10**6):
+    "A megabyte of what scorers look for, in runs of one piece or in no order at all."
+    draw, parts, length = random.Random(seed), [], 0
+    while length < size:
+        parts.append(draw.choice(PIECES) * (draw.choice([1, 1, 2, 1000]) if seed % 2 else 1))
+        length += len(parts[-1])
+    return ''.join(parts)
+
+@pytest.mark.parametrize('text', [*HOSTILE, *map(fuzz, range(4))], ids=lambda text: f'{text[:12]!r}…')
 def test_hostile_text_takes_linear_time(text):
-    start = time.perf_counter()
-    for benchmark in ('gsm8k', 'math-l5', 'crux'): score_rows(benchmark, [{'id': 1, 'answer': '7', 'output': text}])
+    start = time.process_time()
+    row = {'generator': 'Llama-3.1', 'solution': {'header': ['House', 'A'], 'rows': [['1', 'b']]}}
+    for read in {benchmark.judge.verdict for benchmark in BENCHMARKS.values() if benchmark.judge}: read(text)
+    for extract, score in {(benchmark.extract, benchmark.score) for benchmark in BENCHMARKS.values() if not (benchmark.judge or benchmark.choices)}:
+        answer = extract(text, row)
+        if answer is not None: score(answer, '7')
+    for benchmark in ('gsm8k', 'crux'): score_rows(benchmark, [{'id': 1, 'answer': '7', 'output': text}], model='Llama-3.1')
     score_rows('gsm8k', [{'id': 1, 'answer': '7', 'output': text}], 'native')
     score_rows('mmlu-redux', [{'id': 1, 'choices': ['甲'], 'correct_answer': '甲', 'output': text}])
     score_rows('zebra-grid', [{'id': 'lgp-test-2x2-1', 'solution': {'header': ['House', 'A'], 'rows': [['1', 'b']]}, 'output': text}])
@@ -102,6 +142,12 @@ def test_hostile_text_takes_linear_time(text):
     names = ['数学计算', '逻辑推理', '基本任务', '中文理解', '综合问答', '文本写作', '角色扮演', '专业能力']
     score_rows('alignbench', [{'id': name, 'category': name, 'judgment': text} for name in names])
     score_rows('chinese-reason-bench', [{'id': 1, 'judge_score': 5}, {'id': 2, 'judgment': text}])
-    for benchmark in ('gsm8k', 'crux', 'mmlu-redux', 'tmmluplus', 'math-held-out'): BENCHMARKS[benchmark].extract(text, {})
-    for benchmark in ('mt-bench', 'arena-hard', 'alpaca_eval', 'alignbench', 'chinese-reason-bench'): BENCHMARKS[benchmark].judge.verdict(text)
-    assert time.perf_counter() - start < 60 # Quadratic time would be hours; a busy machine is only slow
+    assert time.process_time() - start < 60 # Of this process alone; quadratic time would be hours
+
+def test_the_fuzz_would_notice_a_quadratic_reader():
+    "The obvious pattern for AlignBench's dictionary is one: four times the text takes far more than four times as long."
+    def seconds(size):
+        text, start = "{'" * size, time.process_time()
+        re.findall(r"'(.*?)': (\d+)", text)
+        return time.process_time() - start
+    assert seconds(8_000) > 8 * seconds(2_000)

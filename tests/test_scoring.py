@@ -190,6 +190,72 @@ def test_gsm8k_own_form():
     rows = [{**row, 'id': number, 'output': f"…\nA: {row['answer'].split('####')[-1].strip()}"} for number, row in enumerate(read_outputs(path))]
     assert score_rows('gsm8k', rows, 'native')[0]['score'] == 100
 
+PLACES = {'length_controlled_winrate': 0.16, 'lc_peer_code_with_equiv_gamed': 0.17, # The peer's fit has a small penalty
+          'lc_plain_mle_with_equiv_gamed': 1e-4, 'glm_weights': 0.02, 'zeroeval': PRINTED, 'mmlu_redux_matrix': PRINTED, 'zebra_matrix': PRINTED,
+          'mmlu_redux_outputs': PRINTED, 'zebra_outputs': PRINTED} # Everything else within 1e-6
+
+@needs_data
+def test_every_figure_that_was_printed_is_ours():
+    from kyara.comparison import published_figures
+    rows = published_figures(DATA)
+    wrong = [row for row in rows if row[2] != pytest.approx(row[1], abs=next((PLACES[name] for name in row[0] if name in PLACES), 1e-6))]
+    assert not wrong and len(rows) > 170, (len(rows), wrong)
+    assert {place[0] for place, _, _ in rows} == EXPECTED.keys() - {'opencc', 'drcd_bm25_computed_here'}
+
+def test_files_of_others_are_read_as_they_are(tmp_path):
+    zero = [{'session_id': 'gsm-0', 'chat_history': ['九加六？'], 'model_output': None, 'generator': 'm', 'answer': '15', 'output': ['{"answer": "15"}']},
+            {'session_id': 'gsm-1', 'answer': '7', 'output': ['不知道'], 'generator': 'm'}]
+    (tmp_path/'zero.json').write_text(json.dumps(zero))
+    got = score_file('gsm8k', tmp_path/'zero.json', out=tmp_path/'items.jsonl')
+    assert (got['score'], got['no_answer'], got['details']['partial']) == (50, 50, True)
+    assert [row['id'] for row in read_outputs(tmp_path/'items.jsonl')] == ['gsm-0', 'gsm-1']
+    alpaca = [{'instruction': '介紹玉山。', 'output_1': '很高。', 'output_2': '主峰3,952公尺。', 'preference': value, 'index': number, 'annotator': 'x'}
+              for number, value in enumerate((1.75, 1.25, None, 0.0))]
+    (tmp_path/'annotations.json').write_text(json.dumps(alpaca))
+    got = score_file('alpaca_eval', tmp_path/'annotations.json')
+    assert (got['score'], got['details']['n'], got['no_answer']) == (50, 3, 25)
+    (tmp_path/'instruction_difficulty.csv').write_text('index,instruction_difficulty\n' + '\n'.join(f'{n},{n - 1.5}' for n in range(4)))
+    with gzip.open(tmp_path/'df_gamed_equiv.csv.gz', 'wt') as file: file.write('std_delta_len,instruction_difficulty,preference\n0.5,0.1,0.5\n-0.5,-0.1,0.5\n')
+    assert 0 < score_file('alpaca_eval', tmp_path/'annotations.json', data=tmp_path)['details']['length_controlled_win_rate'] < 100
+
+def outputs(count, first=0): return [{'id': str(number), 'answer': '1', 'output': '{"answer": "1"}'} for number in range(first, first + count)]
+
+def test_a_wrong_number_of_rows_is_refused_unless_told():
+    for count in (799, 801, 401):
+        with pytest.raises(UserError, match=f'800 items and the file has {count} rows.*partial'): score_rows('crux', outputs(count))
+        got = score_rows('crux', outputs(count), partial=True)[0]
+        assert got['details']['partial'] and got['details']['items'] == 800 and got['total'] == count
+    assert score_rows('crux', outputs(20))[0]['details']['partial'] and 'partial' not in score_rows('crux', outputs(800))[0]['details']
+
+def test_missing_and_foreign_items_are_named(tmp_path):
+    path = tmp_path/'items.jsonl'
+    path.write_text('\n'.join(json.dumps({'id': row['id']}) for row in outputs(5)))
+    assert score_rows('crux', outputs(5), items=path)[0]['score'] == 100
+    with pytest.raises(UserError, match='2 items have no output.*first is 3'): score_rows('crux', outputs(3), items=path)
+    with pytest.raises(UserError, match='1 outputs are of no item.*first is 5'): score_rows('crux', outputs(6), items=path)
+
+def test_empty_outputs_are_no_answers_and_judges_without_verdict_are_counted():
+    empty = [{**row, 'output': value} for row, value in zip(outputs(4), ('', [], None, '{"answer": "1"}'))]
+    got = score_rows('gsm8k', empty)[0]
+    assert (got['score'], got['no_answer'], got['total']) == (25, 75, 4)
+    judged = [{'question_id': number, 'turn': 1, 'model': 'm', 'judgment': text} for number, text in enumerate(('[[8]]', '我不評分'))]
+    got = score_rows('mt-bench', judged)[0]
+    assert (got['score'], got['no_answer'], got['details']['m']['errors']) == (8, 50, 1)
+    games = [{'question_id': 1, 'model': 'm', 'games': [{'judgment': '[[B>A]]'}, {'judgment': '都好'}]}]
+    assert score_rows('arena-hard', games)[0]['no_answer'] == 50
+
+def test_every_mistake_is_one_line(tmp_path):
+    (tmp_path/'cut.json').write_text('[{"id": 1, "answer": "2"')
+    cases = [lambda: score_file('gsm8k', tmp_path/'cut.json'), lambda: score_file('gsm8k', tmp_path), lambda: score_rows('gsm9k', outputs(1)),
+             lambda: score_rows('crux', outputs(1), 'v9'), lambda: score_rows('crux', outputs(2) * 2), lambda: score_rows('crux', outputs(799)),
+             lambda: score_rows('mmlu-redux', [{'id': 1, 'output': 3}]), lambda: score_rows('zebra-grid', [{'id': 'x', 'output': 'x'}]),
+             lambda: score_rows('arena-hard', [{'model': 'm'}]), lambda: score_rows('alignbench', [{'id': 1, 'category': '数学计算', 'judgment': 'x'}]),
+             lambda: score_rows('tmmluplus', [{'id': 1, 'output': 'A', 'answer': 'A'}]), lambda: score_rows('truthfulqa', [{'id': 1}]),
+             lambda: score_rows('mt-bench', [{'judgment': '[[8]]'}]), lambda: score_rows('chinese-reason-bench', [{'id': 1, 'judgment': '9分'}])]
+    for case in cases:
+        with pytest.raises(UserError) as error: case()
+        assert str(error.value).strip() and '\n' not in str(error.value) and len(str(error.value)) < 300, str(error.value)
+
 def test_bad_files_are_named(tmp_path):
     cut = tmp_path/'cut.jsonl.gz'
     cut.write_bytes(gzip.compress(b'{"id": 1}\n' * 1000)[:40])

@@ -1,22 +1,23 @@
 "What the synthesis notebook cannot say about itself: the whole chain, its accounts, hostile documents, teachers that misbehave."
-import json, re
+import json, re, tracemalloc
 from collections import Counter
 from math import fsum
+from pathlib import Path
 
-import pytest
+import pytest, yaml
 
 from kyara import drafts, questions, retrieval, synthesis
 from kyara.cite import REFUSAL, citation_gate
-from kyara.core import (ModelSettings, UserError, content_hash, details, finish_stage, read_rows, start_stage,
+from kyara.core import (ModelSettings, UserError, content_hash, details, dialogue, finish_stage, read_rows, start_stage,
                         write_rows)
 from kyara.corpus import read_documents
-from kyara.drafts import Form, fill, repaired_pairs, strictest_license
+from kyara.drafts import Form, claim_license, fill, repaired_pairs, stream_chunks, strictest_license
 from kyara.index import KnowledgeBase
 from kyara.llm import Client, parse_json
 from kyara.offline import read_prompt, reply
-from kyara.questions import english_problem, evolution_problem
-from kyara.synthesis import (DOCUMENT_FORMS, INSTRUCTIONS, RULE_SETS, broken_rule, form_problem, parse_retrieval_prompt,
-                             question_problem, retrieval_prompt, sample_chunks, synthesise, synthesise_shards,
+from kyara.questions import english_problem, evolution_problem, read_instructions
+from kyara.synthesis import (DOCUMENT_FORMS, INSTRUCTIONS, RULE_SETS, answer_english, broken_rule, form_problem,
+                             measure_search, parse_retrieval_prompt, question_problem, retrieval_prompt, sample_chunks, synthesise, synthesise_shards,
                              write_part, write_system_message)
 from kyara.trace import row_cost, stage_account, trace_lines, whole_trace
 
@@ -278,7 +279,7 @@ def test_careless_teacher_is_caught_by_the_gate(tmp_path):
     (['CC0-1.0'], 'CC0-1.0'), (['CC0-1.0', 'CC-BY-4.0'], 'CC-BY-4.0'), (['CC-BY-4.0', 'CC-BY-SA-4.0', 'MIT'], 'CC-BY-SA-4.0'),
     (['CC-BY-SA-3.0', 'CC-BY-SA-4.0'], 'CC-BY-SA-3.0 AND CC-BY-SA-4.0'), (['CC-BY-NC-4.0', 'CC-BY-4.0'], 'CC-BY-NC-4.0'),
     (['CC-BY-NC-4.0', 'CC-BY-SA-4.0'], 'CC-BY-NC-4.0 AND CC-BY-SA-4.0'), (['cc-by-nc-sa-4.0', 'CC-BY-SA-4.0', 'CC-BY-NC-4.0'], 'cc-by-nc-sa-4.0'),
-    (['CC0-1.0', ''], 'unknown'), (['CC-BY-SA-4.0', 'our own terms'], 'our own terms'), (['CC-BY-4.0 AND CC-BY-NC-4.0', 'CC0-1.0'], 'CC-BY-NC-4.0')])
+    (['CC0-1.0', ''], 'unknown'), (['cc-by-4.0', 'CC-BY-4.0'], 'cc-by-4.0'), (['CC-BY-SA-4.0', 'our own terms'], 'our own terms'), (['CC-BY-4.0 AND CC-BY-NC-4.0', 'CC0-1.0'], 'CC-BY-NC-4.0')])
 def test_the_strictest_licence_stands_for_all(names, license):
     assert strictest_license([{'license': name} for name in names]) == license
 
@@ -294,6 +295,40 @@ def test_licences_travel(tmp_path):
         assert row['meta']['license'] == ('CC-BY-SA-4.0' if strict else 'CC0-1.0')
         seen.add(strict)
     assert seen == {True, False}
+
+@pytest.mark.parametrize('claimed, licenses, freer', [
+    ('', ['CC0-1.0', 'CC-BY-SA-4.0'], False), ('CC-BY-SA-4.0', ['CC0-1.0', 'CC-BY-SA-4.0'], False), ('cc-by-sa-4.0', ['CC-BY-SA-4.0'], False),
+    ('CC-BY-NC-SA-4.0', ['CC-BY-SA-4.0'], False), ('CC-BY-4.0', ['CC-BY-SA-4.0', 'CC0-1.0'], True), ('CC0-1.0', ['CC-BY-4.0'], True), ('MIT', ['CC-BY-4.0'], False),
+    ('CC-BY-SA-4.0', ['CC-BY-NC-4.0', 'CC-BY-SA-4.0'], True), ('CC-BY-NC-4.0 AND CC-BY-SA-4.0', ['CC-BY-NC-4.0', 'CC-BY-SA-4.0'], False),
+    ('CC-BY-NC-ND-4.0', ['unknown'], True), ('unknown', ['unknown', 'MIT'], False), ('our own terms', ['research only'], True), ('CC0-1.0', [''], True)])
+def test_no_freer_licence_can_be_claimed(claimed, licenses, freer):
+    if freer:
+        with pytest.raises(UserError, match='freer'): claim_license(claimed, licenses)
+    else: assert claim_license(claimed, licenses) == (claimed or strictest_license({'license': one} for one in licenses))
+
+@pytest.mark.parametrize('layout', ['hub', 'jsonl', 'rows'])
+def test_english_instructions_come_from_anywhere(layout, tmp_path):
+    "In the columns of OpenHermes; the licence comes from the data set's card, and what is no English costs nothing."
+    turns = [{'from': 'system', 'value': 'Be brief.', 'weight': None}, {'from': 'human', 'value': 'What is a coral reef?', 'weight': None}, {'from': 'gpt', 'value': 'A reef.', 'weight': 1.0}]
+    records = [{'conversations': turns, 'source': 'airoboros2.2', 'category': None}, {'conversations': [{'from': 'human', 'value': '珊瑚礁是什麼？', 'weight': None}], 'source': 'x', 'category': None},
+               {'conversations': [{'from': 'gpt', 'value': 'Hello.', 'weight': None}], 'source': 'x', 'category': None}]
+    folder = tmp_path / 'OpenHermes'
+    folder.mkdir()
+    if layout == 'rows':
+        asked = lambda text: [{'role': 'user', 'content': text}] if text else [{'role': 'assistant', 'content': 'Hello.'}]
+        write_rows([dialogue(asked(text), 'public', stage='base', source='x', license='CC-BY-4.0') for text in ('What is a coral reef?', '珊瑚礁是什麼？', '')], folder / 'dialogue', 'dialogue')
+    else: (folder / 'train.jsonl').write_text('\n'.join(map(json.dumps, records)), encoding='utf-8')
+    (folder / 'README.md').write_text('---\nlicense: cc-by-4.0\n---\n', encoding='utf-8')
+    location = {'hub': f'hf:{folder}?split=train', 'jsonl': str(folder / 'train.jsonl'), 'rows': str(folder)}[layout]
+    rows = list(read_instructions(location))
+    assert [turn['content'] for row in rows for turn in row['messages']] == ['What is a coral reef?', '珊瑚礁是什麼？'] and len(rows) == 3
+    assert len(list(read_instructions(location, 1))) == 1
+    client, kb = Client('offline', tmp_path / 'ledger.sqlite', stage='synthesis'), base_of(sample(18))
+    made = answer_english(rows, kb, client, 3, 'OpenHermes')
+    assert Counter(row['drop_reason'] for row in made['dropped']) == {'not_english': 1, 'no_instruction': 1}
+    row, = made['dialogue']
+    assert row['meta']['license'] == {'hub': 'cc-by-4.0', 'jsonl': 'unknown', 'rows': 'CC-BY-4.0'}[layout] and row['meta']['source'] == 'OpenHermes'
+    assert details(row)['english'] == 'What is a coral reef?' and row['messages'][0]['content'].endswith('（coral reef）？')
 
 def test_bad_shares_are_named(tmp_path):
     kb = base_of(sample(1))
@@ -407,6 +442,34 @@ def test_a_target_is_met_exactly_and_the_rest_is_told(tmp_path):
     assert [row['drop_reason'] for row in read_rows(tmp_path / 'stage', 'dropped')] == [row['drop_reason'] for row in rows(some, 'dropped')]
     assert list(read_rows(tmp_path / 'stage', 'preference')) == []
 
+def test_chunks_are_drawn_without_all_of_them_in_memory():
+    "A thousand passages of 8,000 characters are 16 MB as Python holds them; a few at a time are held."
+    def passages():
+        for number in range(1000): yield {'id': f'id_{number:08x}', 'doc_id': 'one', 'title': '玉山', 'text': f'{number:08}' + '山' * 7992, 'start': 0, 'end': 2000}
+    tracemalloc.start()
+    drawn = stream_chunks(passages(), 0, seed=0)
+    ids = [next(drawn)['id'] for _ in range(5)]
+    ids += [chunk['id'] for chunk in drawn]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(set(ids)) == 1000 and ids != sorted(ids) and peak < 4e6, peak
+    few = list(passages())[:300]
+    for most in (0, 7, 1000): assert list(stream_chunks(iter(few[::-1]), most, seed=3)) == sample_chunks(few, most, seed=3)
+
+def test_the_rows_own_questions_measure_the_search(chain):
+    kb, made, _, _ = chain
+    quality = measure_search(made['dialogue'], kb, 1000, seed=0)
+    assert quality['questions'] == sum(row['task'] != 'back_translation' for row in made['dialogue'])
+    assert quality['hit@10'] >= quality['mrr@10'] >= quality['hit@1'] > 0.5, quality
+    assert measure_search(made['dialogue'], kb, 5, seed=0)['questions'] == 5
+    strange = [{**row, 'meta': {**row['meta'], 'source_ids': ['id_00000000']}} for row in made['dialogue']]
+    assert measure_search(strange, kb, 1000, seed=0)['hit@10'] == 0, 'a passage that is not found is not counted as found'
+
+def test_the_full_recipe_has_the_published_settings():
+    stage = yaml.safe_load((Path(__file__).parents[1] / 'runs' / 'kyara.yaml').read_text(encoding='utf-8'))['stages']['synthesis']
+    assert (stage['query_count'], stage['k'], stage['max_chunks']) == (5, 4, 0) and retrieval.SUMMARY_LIMIT == 500
+    assert stage['temperature'] <= 0.3 and synthesis.ANSWER_PROMPT.index('[[summaries]]') < synthesis.ANSWER_PROMPT.index('[[text]]')
+
 # Accounts
 
 def test_costs_of_all_rows_add_up_to_the_ledger(tmp_path, monkeypatch):
@@ -459,6 +522,26 @@ def test_the_stage_is_paid_to_the_last_call(stage_run):
     assert account['ledger'] == pytest.approx(sum(line['cost'] for line in client.ledger.stats())) and account['ledger'] > 0
     assert account['kept'] + account['dropped'] == pytest.approx(account['ledger'], rel=1e-9) and account['dropped'] > 0
     assert account['unnamed'] == 0
+
+def test_a_whole_run_is_paid_to_the_last_call(tmp_path, monkeypatch):
+    "As the stage's notebook does it: shards up to a target, what is over it, English instructions, answers repaired, replies asked for again."
+    monkeypatch.setattr('kyara.offline.reply', Mending('參考', '玉山的主峰海拔9,999公尺【id_00000000】。', '摘要重點', '沒有重點'))
+    client = Client(ModelSettings('careless', 'offline', 'careless', price_input=3.0, price_output=7.0), tmp_path / 'ledger.sqlite', stage='synthesis')
+    kb, folder = base_of(sample(8)), start_stage(tmp_path / 'stage')
+    settings = {key: value for key, value in SETTINGS.items() if key != 'seed'}
+    asked = [{'messages': [{'role': 'user', 'content': text}]} for text in ('What is a coral reef?', 'Tell me a joke.', '你好')]
+    shards = [*synthesise_shards(stream_chunks(kb.chunks(), 0, 0), kb, client, 15, 4, 0, **settings), answer_english(asked, kb, client, 4, 'test')]
+    counts = Counter()
+    for number, made in enumerate(shards): counts.update(write_part(made, folder, number))
+    finish_stage(folder, 'kyara.synthesis', {}, [], ['dialogue', 'dropped', 'preference'], dict(counts), client.cost)
+    reasons = Counter(row['drop_reason'] for row in read_rows(folder, 'dropped'))
+    assert len(shards) == 4 and {'over_target', 'not_rewritten', 'not_english'} <= reasons.keys() and counts['repaired']
+    account = stage_account(folder, client.ledger.entries())
+    assert account['unnamed'] == 0 and account['kept'] + account['dropped'] == pytest.approx(account['ledger'], rel=1e-9)
+    assert account['ledger'] == pytest.approx(client.cost, rel=1e-9) and account['kept'] > 0 and account['dropped'] > 0
+    for row in read_rows(folder):
+        sources = [chunk for chunk in kb.chunks() if chunk['id'] in row['meta']['source_ids']]
+        assert row['task'] == 'english_prompt' or row['meta']['license'] == strictest_license(sources), 'the licence is the strictest of its sources'
 
 @pytest.mark.parametrize('kept', [True, False], ids=['kept', 'dropped'])
 def test_a_row_is_traced_from_document_to_filter(stage_run, kept):

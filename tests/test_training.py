@@ -1,5 +1,6 @@
 "The student, what its loss counts, bad rows and folders, and training that was killed."
-import json, os, random, re, signal, subprocess, sys
+import importlib.util, json, math, os, random, re, shutil, signal, subprocess, sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,9 +8,13 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from kyara import dpo, sft
+from kyara.change import answer_log_probabilities, answer_prompts, length_growth
+from kyara.chat import MERGED_TEMPLATE
 from kyara.core import UserError, dialogue, file_hash
-from kyara.dpo import fit_pairs, implicit_rewards, reward_accuracy, train_dpo
+from kyara.dpo import fit_pairs, implicit_rewards, reward_accuracy, train_dpo, write_pairs
+from kyara.model import master_dtype
 from kyara.preference import preference
+from kyara.sft import encode_rows, launch_sft, split_rows
 from kyara.sft import fit_rows, load_model, load_tokenizer, make_student, row_problem, safe_dtype, train_sft
 
 SMALL = dict(vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
@@ -100,6 +105,37 @@ def test_dialogues_come_back_from_the_template(tokenizer):
         opened = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
         assert text.startswith(opened) and opened.endswith('<start_of_turn>model\n')
 
+def folded(messages):
+    "Fold a system message into the user's first turn."
+    if messages[0]['role'] != 'system': return messages
+    return [turn('user', f"{messages[0]['content']}\n\n{messages[1]['content']}"), *messages[2:]]
+
+def test_merged_system_message_is_the_beginning_of_the_first_turn(tokenizer):
+    for messages in [TALK['messages'], *random_dialogues(60)]:
+        merged, plain = (tokenizer.apply_chat_template(said, return_dict=True, return_assistant_tokens_mask=True, **options)
+                         for said, options in ((messages, {'chat_template': MERGED_TEMPLATE}), (folded(messages), {})))
+        assert dict(merged) == dict(plain), messages
+
+def test_template_of_the_recipe_stays_with_the_model(student, tmp_path):
+    shutil.copytree(student, tmp_path / 'model')
+    load_tokenizer(student, 'merged').save_pretrained(tmp_path / 'model')
+    assert load_tokenizer(tmp_path / 'model').chat_template == MERGED_TEMPLATE != load_tokenizer(tmp_path / 'model', 'turn').chat_template
+    with pytest.raises(UserError, match="system_role is 'own'"): load_tokenizer(student, 'own')
+
+@pytest.mark.parametrize('system_role', ['turn', 'merged'])
+def test_pipeline_answers_a_system_message(trained, tmp_path, system_role):
+    "What anybody does with a model folder."
+    shutil.copytree(trained[0] / 'model', tmp_path / 'model')
+    tokenizer = load_tokenizer(tmp_path / 'model', system_role)
+    tokenizer.save_pretrained(tmp_path / 'model')
+    asked = [turn('system', '只回答數字。'), *sums(1)[0]['messages'][:1]]
+    pipe = transformers.pipeline('text-generation', model=str(tmp_path / 'model'))
+    said = pipe(asked, max_new_tokens=12, do_sample=False)[0]['generated_text']
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors='pt', return_dict=True)
+    wanted = load_model(tmp_path / 'model').generate(**ids, max_new_tokens=12, do_sample=False)[0, ids['input_ids'].shape[1]:]
+    assert said[:2] == asked and said[2] == turn('assistant', tokenizer.decode(wanted, skip_special_tokens=True))
+    assert tokenizer.decode(ids['input_ids'][0]).count('<start_of_turn>') == (3 if system_role == 'turn' else 2)
+
 # What the loss counts
 
 class Ready(Exception): "A trainer is about to train."
@@ -133,6 +169,49 @@ def test_sft_loss_counts_only_the_assistant(student, tokenizer, tmp_path, monkey
     wanted = [said(row['messages']) for row in rows]
     if packing: assert sorted(re.findall(r'.*?<end_of_turn>\n', ''.join(counted), re.S)) == sorted(re.findall(r'.*?<end_of_turn>\n', ''.join(wanted), re.S))
     else: assert sorted(counted) == sorted(wanted)
+
+def stopped(monkeypatch, *arguments, **keywords):
+    "Give an SFT trainer that is about to train."
+    found = []
+    def stop(trainer, *_):
+        found.append(trainer)
+        raise Ready
+    monkeypatch.setattr(sft, 'run_trainer', stop)
+    with pytest.raises(Ready): train_sft(*arguments, **keywords)
+    return found[0]
+
+@pytest.mark.parametrize('attention', ['', 'eager'])
+def test_packed_rows_do_not_see_each_other(student, tokenizer, tmp_path, monkeypatch, attention):
+    "The loss of a pack is that of its rows, each alone."
+    rows = [TALK, *sums(7)]
+    trainer = stopped(monkeypatch, rows, [], student, tmp_path, 120, packing=True, attn_implementation=attention)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert len(batch['cu_seq_lens_q']) == len(rows) + 1 and trainer.model.config._attn_implementation == (attention or 'kyara_documents')
+    with torch.no_grad(): packed = trainer.compute_loss(trainer.model.eval(), dict(batch)).item()
+    counted = (batch['labels'] != -100).sum().item()
+    alone = -sum(answer_log_probabilities(load_model(student), tokenizer, [row['messages'] for row in rows])) / counted
+    assert packed == pytest.approx(alone, rel=1e-5)
+
+def test_packing_trains_and_saves_a_model_like_any_other(student, tmp_path):
+    log = train_sft(sums(40), sums(48)[40:], student, tmp_path, 100, packing=True, **{**TRAINING, 'per_device_train_batch_size': 1})
+    assert log['train'][-1]['loss'] < log['train'][0]['loss'] and AutoModelForCausalLM.from_pretrained(tmp_path / 'model').config._attn_implementation != 'kyara_documents'
+
+def test_rows_stay_on_disk(tokenizer, tmp_path):
+    "What is read is a stream, what comes back is mapped from a file."
+    rows = ({**row, 'id': f"{number}-{row['id']}"} for number in range(30) for row in sums(20))
+    dataset, dropped, counts = encode_rows(rows, tokenizer, tmp_path / 'rows')
+    assert len(dataset) == 600 and [Path(file['filename']).parent for file in dataset.cache_files] == [tmp_path / 'rows'] and not list(dropped)
+    train, measured = split_rows(dataset, 60)
+    assert len(measured) == 60 and not set(train['id']) & set(measured['id'])
+
+def test_fewer_held_out_rows_than_asked_for_is_said(tokenizer, tmp_path, capsys):
+    train, measured = split_rows(encode_rows(sums(40), tokenizer, tmp_path / 'rows')[0], 20)
+    assert (len(train), len(measured)) == (36, 4) and 'held_out is 20, but 40 rows are there: 4 are set aside' in capsys.readouterr().out
+
+def test_pairs_over_max_rows_are_dropped_with_the_reason(tokenizer, tmp_path):
+    pairs, dropped, counts = write_pairs(outcome_pairs(8), tokenizer, tmp_path / 'pairs', max_rows=5)
+    assert len(pairs) == 5 and [row['drop_reason'] for row in dropped] == ['over_max_rows'] * 3
+    assert sum(counts['better answer'].values()) == 5 and counts['origins'] == {'spin': 5}
 
 def test_dpo_counts_whole_answers(student, tokenizer, tmp_path, monkeypatch):
     pairs = [preference(TALK['messages'][:-1], '不客氣！', '嗯', 'spin'), *outcome_pairs(3)]
@@ -233,6 +312,37 @@ def test_emulated_bf16_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: including_emulation)
     assert safe_dtype() == torch.float32
 
+def test_trained_weights_are_kept_in_float32(monkeypatch):
+    "In bf16 a small step rounds to nothing; adapters are float32 anyway."
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *_, **__: True)
+    assert master_dtype(None) == torch.float32 and master_dtype({'r': 4}) == safe_dtype() == torch.bfloat16
+
+# What cannot be trained with
+
+WRONG = [({'num_train_epochs': 0}, 'num_train_epochs is 0'), ({'num_train_epochs': -1.0}, 'num_train_epochs is -1.0'), ({'learning_rate': 0.0}, 'learning_rate is 0.0'),
+         ({'learning_rate': math.nan}, 'learning_rate is nan'), ({'per_device_train_batch_size': 0}, 'per_device_train_batch_size is 0'),
+         ({'load_best_model_at_end': True}, 'need held-out rows'), ({'early_stopping_patience': 2}, 'need held-out rows'),
+         ({'quantization': {'load_in_4bit': True}}, 'quantization without peft'), ({'learning_rat': 0.1}, 'SFTConfig refuses'),
+         ({'peft': {'rank': 4}}, 'LoraConfig refuses'), ({'system_role': 'own'}, "system_role is 'own'")]
+
+@pytest.mark.parametrize('arguments,message', WRONG, ids=[' '.join(arguments) + str(number) for number, (arguments, _) in enumerate(WRONG)])
+def test_arguments_that_train_nothing_are_refused(student, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message) as refused: train_sft(sums(4), [], student, tmp_path, 80, **arguments)
+    assert '\n' not in str(refused.value) and not (tmp_path / 'model').exists()
+
+@pytest.mark.parametrize('arguments,message', [({'loss_type': ['sigmoyd']}, 'sigmoyd'), ({'ld_alpha': 2}, 'ld_alpha is 2'), ({'num_train_epochs': 0}, 'num_train_epochs'),
+                                               ({'loss_type': ['sigmoid', 'sft'], 'loss_weights': [1.0]}, 'DPOConfig refuses')])
+def test_dpo_arguments_are_refused_in_one_line(student, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message) as refused: train_dpo(outcome_pairs(4), [], student, tmp_path, 80, **arguments)
+    assert '\n' not in str(refused.value) and not (tmp_path / 'model').exists()
+
+def test_loss_that_is_no_number_stops_with_its_batch(student, tmp_path):
+    with pytest.raises(UserError, match=r'the loss of step \d+ is (nan|inf); its batch is in .*bad_batch.json'):
+        train_sft(sums(40), [], student, tmp_path, 80, **{**TRAINING, 'learning_rate': 1e30})
+    batch = json.loads((tmp_path / 'bad_batch.json').read_text())
+    assert batch['step'] > 1 and len(batch['texts']) == 8 and all('共有幾' in text for text in batch['texts']) and not (tmp_path / 'model').exists()
+
 # Training
 
 def test_sft_learns_and_leaves_a_whole_model(student, trained):
@@ -281,6 +391,63 @@ def test_killed_training_ends_with_the_same_model(trained, resumed):
 def test_killed_training_leaves_the_same_log(trained, resumed):
     assert (trained[0] / 'log.json').read_text() == (resumed[0] / 'log.json').read_text()
 
+FULL = KILLED.replace('os.kill(os.getpid(), signal.SIGKILL)', 'resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))').replace(
+    'import json, os', 'import resource, json, os')
+
+def test_full_disk_leaves_the_last_good_checkpoint(student, trained, tmp_path):
+    "After the first checkpoint no file may grow beyond 20 kB: the second is torn. With room again, training goes on from the first."
+    rows, measured, out_dir = sums(40), sums(48)[40:], tmp_path / 'full'
+    job = {'rows': rows, 'measured': measured, 'model': str(student), 'out_dir': str(out_dir), 'max_length': 80, 'arguments': dict(save_steps=2, **TRAINING)}
+    (tmp_path / 'job.json').write_text(json.dumps(job))
+    child = subprocess.run([sys.executable, '-c', FULL, tmp_path / 'job.json'], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert child.returncode == 1 and 'goes on from checkpoint-2' in child.stderr.strip().splitlines()[-1], child.stderr[-2000:]
+    assert (out_dir / 'checkpoints/checkpoint-4').is_dir() and not (out_dir / 'model').exists()
+    steps = []
+    train = transformers.Trainer.train
+    transformers.Trainer.train = lambda trainer, resume_from_checkpoint=None, **named: (steps.append(resume_from_checkpoint), train(trainer, resume_from_checkpoint, **named))[1]
+    try: train_sft(rows, measured, student, out_dir, 80, save_steps=2, **TRAINING)
+    finally: transformers.Trainer.train = train
+    assert [Path(step).name for step in steps] == ['checkpoint-2']
+    assert file_hash(out_dir / 'model/model.safetensors') == file_hash(trained[0] / 'model/model.safetensors')
+
+def test_best_checkpoint_is_what_is_kept(student, tokenizer, tmp_path):
+    "Steps far too large: the held-out loss grows, training ends early, and the model is that of the lowest."
+    measured = sums(48)[40:]
+    log = train_sft(sums(16), measured, student, tmp_path, 80, early_stopping_patience=2, **{**TRAINING, 'learning_rate': 0.3, 'num_train_epochs': 20})
+    losses = [entry['eval_loss'] for entry in log['eval']]
+    assert len(losses) < 20 and min(losses) == losses[-3] < losses[-1]
+    counted = sum(label != -100 for row in measured for label in sft.as_dataset([row], tokenizer, tmp_path / 'rows')[0]['labels'])
+    kept = -sum(answer_log_probabilities(load_model(tmp_path / 'model'), tokenizer, [row['messages'] for row in measured])) / counted
+    assert kept == pytest.approx(min(losses), rel=1e-3)
+
+ROOT = Path(__file__).parent.parent
+
+def test_two_processes_train_as_one(student, tokenizer, tmp_path, monkeypatch):
+    "The same rows in each step, half of them in each process."
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    rows, measured = (encode_rows(part, tokenizer, tmp_path / name)[0] for name, part in (('rows', sums(32)), ('measured', sums(40)[32:])))
+    job = dict(model=str(student), max_length=80, train_sampling_strategy='random', **{**TRAINING, 'num_train_epochs': 1.0})
+    for name in ('one', 'two'): (tmp_path / name).mkdir()
+    one = launch_sft(rows, measured, tmp_path / 'one', '', **job)
+    two = launch_sft(rows, measured, tmp_path / 'two', str(ROOT / 'runs/accelerate/processes.yaml'), **{**job, 'per_device_train_batch_size': 4})
+    for part, name in (('train', 'loss'), ('eval', 'eval_loss')):
+        assert [entry[name] for entry in two[part]] == pytest.approx([entry[name] for entry in one[part]], rel=1e-4), part
+    assert (tmp_path / 'two/model/model.safetensors').is_file() and not (tmp_path / 'two/job.json').exists()
+
+def test_problem_in_a_process_is_said_in_one_line(student, tokenizer, tmp_path):
+    rows, _, _ = encode_rows(sums(8), tokenizer, tmp_path / 'rows')
+    with pytest.raises(UserError, match='accelerate_config .*nowhere.yaml does not exist'):
+        launch_sft(rows, [], tmp_path, str(tmp_path / 'nowhere.yaml'), model=str(student), max_length=80)
+    (tmp_path / 'launch.log').write_text('W1 torchrun says hello\n[rank1]: kyara.core.UserError: no row can be trained on\nand much more\n')
+    assert sft.launch_problem(tmp_path / 'launch.log', 1).startswith('accelerate launch ended with 1: no row can be trained on; ')
+
+@pytest.mark.parametrize('name', ['fsdp', 'processes'])
+def test_accelerate_reads_the_configurations(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+    loaded = load_config_from_file(str(ROOT / f'runs/accelerate/{name}.yaml'))
+    assert loaded.num_processes in (2, 8)
+    if name == 'fsdp': assert hasattr(transformers.models.gemma2.modeling_gemma2, loaded.fsdp_config['fsdp_transformer_layer_cls_to_wrap'])
+
 def test_checkpoints_of_another_job_are_not_used(student, tmp_path):
     torn = tmp_path / 'checkpoints/checkpoint-2'
     torn.mkdir(parents=True)
@@ -310,6 +477,35 @@ def test_lora_leaves_a_merged_model(student, tmp_path):
     new, old = model.state_dict(), before.state_dict()
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert new.keys() == old.keys() and changed and all('proj' in name for name in changed), changed
+
+@pytest.mark.skipif(not importlib.util.find_spec('bitsandbytes'), reason='bitsandbytes is not installed')
+def test_qlora_leaves_a_merged_model_in_full_precision(student, tmp_path):
+    log = train_sft(sums(40), [], student, tmp_path, 80, {'r': 4, 'target_modules': 'all-linear'},
+                    {'load_in_4bit': True, 'bnb_4bit_quant_type': 'nf4'}, **TRAINING)
+    model, before = AutoModelForCausalLM.from_pretrained(tmp_path / 'model'), AutoModelForCausalLM.from_pretrained(student)
+    new, old = model.state_dict(), before.state_dict()
+    assert log['train'][-1]['loss'] < log['train'][0]['loss'] and {weight.dtype for weight in new.values()} == {torch.float32}
+    assert new.keys() == old.keys() and all('proj' in name for name in old if not torch.equal(old[name], new[name]))
+
+@pytest.mark.parametrize('loss_type', [['ipo'], ['sppo_hard'], ['apo_zero'], ['sigmoid', 'sft']], ids='+'.join)
+def test_losses_of_trl_by_name(student, tmp_path, loss_type):
+    log = train_dpo(outcome_pairs(4), [], student, tmp_path, 80, loss_type=loss_type, max_steps=1, logging_steps=1)
+    assert math.isfinite(log['train'][0]['loss']) and (tmp_path / 'model').is_dir()
+
+def test_reference_asked_once_and_length_left_alone_change_nothing(trained, tmp_path):
+    base, pairs = trained[0] / 'model', [preference(row['messages'][:-1], row['messages'][-1]['content'], '答案：0', 'spin') for row in sums(16)]
+    run = lambda name, **options: [entry['loss'] for entry in train_dpo(pairs, [], base, tmp_path / name, 80, **TRAINING, **options)['train']]
+    plain = run('plain')
+    assert run('once', precompute_ref_log_probs=True) == pytest.approx(plain, rel=1e-4)
+    assert run('whole', ld_alpha=1.0) == pytest.approx(plain, rel=1e-5)
+    assert run('cut', ld_alpha=0.0) != pytest.approx(plain, rel=1e-3)
+
+def test_answers_are_those_of_generate_one_by_one(trained):
+    "A batch is padded on the left; the answers are those of each prompt alone."
+    folder, prompts = trained[0] / 'model', [row['messages'][:1] for row in sums(5)] + [TALK['messages'][:4]]
+    together, alone = answer_prompts(folder, prompts, 16), [answer_prompts(folder, [prompt], 16)[0] for prompt in prompts]
+    assert together == alone and all(answer['ended'] == (answer['tokens'] < 16) for answer in together)
+    assert length_growth(together, together)['growth'] == 0
 
 @pytest.mark.parametrize('peft', [None, {'r': 4, 'target_modules': 'all-linear'}], ids=['full', 'lora'])
 def test_dpo_moves_the_margin_up(trained, tmp_path, peft):

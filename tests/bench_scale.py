@@ -1,0 +1,128 @@
+"""What Ray gives and costs, on real nodes as processes of this machine.
+
+`python tests/bench_scale.py [--only speed ceiling memory kill] [--calls 4000] [--rows 1000000]` prints a Markdown table a part. The loopback
+server answers after 50 ms. This is no test: run it on a quiet machine.
+"""
+import argparse
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from loopback import serve
+from nodes import at_work, ray_nodes
+
+from kyara.cluster import RayEngine, ask_in_shards, caller, open_office
+from kyara.core import ModelSettings, content_hash
+from kyara.ledger import Entry, entry_row
+from kyara.llm import Request, ask_each
+
+
+def requests(count, mark):
+    return (Request([{'role': 'user', 'content': f'第{number:06d}題{mark}：臺灣第{number + 1}高的山是哪一座？'}]) for number in range(count))
+
+
+def settings(server, workers=1): return ModelSettings('loopback', 'openai', 'loopback', server.url, concurrency=64 * workers)
+
+
+def timed(function):
+    before = time.perf_counter()
+    function()
+    return time.perf_counter() - before
+
+
+def warm(seconds):
+    "Have a worker import what asking takes."
+    import kyara.providers
+    time.sleep(seconds)
+
+
+def speed(folder, calls):
+    "Rows a second alone and with 1, 2 and 4 workers, 64 calls at once each; the same without latency, where only overhead counts."
+    list(RayEngine(4).map(warm, [1.0] * 8))
+    print(f'\n| latency | engine | seconds for {calls:,} calls | calls a second |\n|---|---|---|---|')
+    for latency in (0.05, 0.0):
+        with serve(latency=latency) as server:
+            for workers in (0, 1, 2, 4):
+                name, got = f'{latency}-{workers}', []
+                asked, common = requests(calls, name), dict(ledger=folder / f'{name}.sqlite', total=calls)
+                if workers: work = lambda: ask_in_shards(asked, settings(server, workers), got.append, engine=RayEngine(workers), shard_size=250, **common)
+                else: work = lambda: ask_each(asked, settings(server), got.append, **common)
+                seconds = timed(work)
+                assert len(got) == calls and all(reply.ok for reply in got)
+                print(f'| {latency * 1000:.0f} ms | {f"Ray, workers: {workers}" if workers else "local"} | {seconds:.1f} | {calls / seconds:,.0f} |', flush=True)
+
+
+def ceiling(folder, calls, size=256, threads=4):
+    "Calls a second that the office can look up, claim and keep, for several who ask at once."
+    call, place = caller(open_office()), str(folder / 'ceiling.sqlite')
+    def ask(number):
+        name = f'ceiling/{number}'
+        call('begin', place, name, 'x')
+        for rows in batches[number]:
+            known, ours = call('look_up', place, name, 'x', [row[0] for row in rows])
+            assert len(ours) == len(rows) and not known
+            assert call('keep', place, name, 'x', rows) == len(rows)
+    entry = lambda key: Entry(content_hash(key, 64), 'openai', 'loopback', {'messages': [{'role': 'user', 'content': f'{key}題'}]}, '好' * 200, '{"raw": 1}' * 50)
+    rounds = max(1, calls // size // threads)
+    batches = [[[entry_row(entry((number, turn, place))) for place in range(size)] for turn in range(rounds)] for number in range(threads)]
+    crew = [threading.Thread(target=ask, args=(number,)) for number in range(threads)]
+    seconds = timed(lambda: [[one.start() for one in crew], [one.join() for one in crew]])
+    print(f'\nThe office looks up, claims and keeps {rounds * size * threads / seconds:,.0f} calls a second ({threads} callers, batches of {size}).', flush=True)
+
+
+def weigh(shard):
+    "Do what a cheap stage does to a shard; give rows and this worker's peak memory in MB."
+    import os
+    import resource
+    rows = [{**row, 'id': content_hash(row, 16)} for row in shard]
+    return len(rows), os.getpid(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def memory(folder, most):
+    "Peak memory of the largest worker and of this process, for ever more rows."
+    print('\n| rows | largest worker, MB | this process, MB | seconds |\n|---|---|---|---|')
+    import resource
+    for rows in [size for size in (10_000, 100_000, 1_000_000) if size <= most]:
+        shards = ([{'text': f'第{start + number}列' * 20} for number in range(1000)] for start in range(0, rows, 1000))
+        before, done, peak = time.perf_counter(), 0, 0.0
+        for count, _, megabytes in RayEngine(2).map(weigh, shards): done, peak = done + count, max(peak, megabytes)
+        assert done == rows
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f'| {rows:,} | {peak:.0f} | {own:.0f} | {time.perf_counter() - before:.0f} |', flush=True)
+
+
+def kill(folder, nodes, calls):
+    "Kill a node with SIGKILL in the middle."
+    victim, got, alone, killed = nodes.add(), [], [], []
+    with serve(latency=0.05) as server:
+        def deliver(reply):
+            got.append(reply)
+            if not killed and len(got) >= calls // 3 and len(got) % 100 == 0 and at_work(victim):
+                killed.append(len(got))
+                nodes.kill(victim)
+        seconds = timed(lambda: ask_in_shards(requests(calls, '殺'), settings(server), deliver, engine=RayEngine(5), ledger=folder / 'kill.sqlite', shard_size=500))
+        stats = server.stats()
+        ask_each(requests(calls, '殺'), settings(server), alone.append, ledger=folder / 'alone.sqlite')
+    same = [(a.call_id, a.text, a.finish_reason) for a in got] == [(b.call_id, b.text, b.finish_reason) for b in alone]
+    again = sum(count - 1 for count in stats.whole.values())
+    print(f'\nA node killed after {killed[0]:,} of {calls:,} replies: {len(got):,} rows, {again} calls paid twice, '
+          f'{"the same as" if same else "OTHER THAN"} the local run; {seconds:.0f} s.', flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--only', nargs='+', choices=['speed', 'ceiling', 'memory', 'kill'], default=['speed', 'ceiling', 'memory', 'kill'])
+    parser.add_argument('--calls', type=int, default=4000)
+    parser.add_argument('--killed', type=int, default=20_000, help='calls of the run that loses a node')
+    parser.add_argument('--rows', type=int, default=1_000_000, help='rows of the largest stage')
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, ray_nodes(Path(folder), others=1, cpus=3) as nodes:
+        folder = Path(folder)
+        if 'ceiling' in arguments.only: ceiling(folder, 20_000)
+        if 'speed' in arguments.only: speed(folder, arguments.calls)
+        if 'memory' in arguments.only: memory(folder, arguments.rows)
+        if 'kill' in arguments.only: kill(folder, nodes, arguments.killed)
+
+
+if __name__ == '__main__': main()
