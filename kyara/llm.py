@@ -13,7 +13,7 @@ __all__ = ['PLACEHOLDER', 'DATED', 'JSON_AGAIN', 'Request', 'Reply', 'call_key',
            'Collected', 'ask_until', 'round_size', 'projection']
 
 # %% ../nbs/02_llm.ipynb #02000002
-import asyncio, contextlib, functools, hashlib, heapq, itertools, json, math, os, random, re, signal, sys
+import asyncio, functools, hashlib, heapq, itertools, json, math, os, random, re, signal, sys
 import threading, time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -233,7 +233,8 @@ class Recorder:
         self.answered = self.failed = self.cached = 0
         self.prices = f'{settings.price_input:g}/{settings.price_output:g}'
         self._pending, self._durable, self._failures, self._writing = [], [], [], threading.Lock()
-        self.unwritten, self.room, self.filled = 0, max(settings.concurrency, 64), asyncio.Event() # Replies not durable
+        self.taken = self.durable = 0 # Each is counted by one thread only
+        self.room = max(settings.concurrency, 64) # Replies that are worth a write
 
     def add(self, call_id: str, completion: Completion):
         "Take a reply."
@@ -245,8 +246,7 @@ class Recorder:
             call_id, settings.provider, settings.model, vars(request), completion.text, completion.raw,
             outcome(completion, asked), completion.model_version, inwards, outwards,
             round(completion.latency, 4), self.prices, cost, time.time(), self.stage, self.run))
-        self.unwritten += 1
-        if len(self._pending) >= self.room: self.filled.set()
+        self.taken += 1
         self.budget.pay(cost, inwards + outwards)
         self.answered += 1
 
@@ -297,7 +297,7 @@ class Recorder:
                 known = self.ledger.get_many(call_ids, whole=False)
                 batch = [known[call_id] for call_id in call_ids]
             self._durable += batch
-            self.unwritten -= count
+            self.durable += count
             self.ledger.release(call_ids)
 
     def hand_on(self):
@@ -647,15 +647,16 @@ async def send_all(
 
 async def _write_along(recorder):
     while True:
-        with contextlib.suppress(asyncio.TimeoutError): await asyncio.wait_for(recorder.filled.wait(), 0.1)
-        recorder.filled.clear()
+        for _ in range(5):
+            await asyncio.sleep(0.02) # `wait_for` may swallow a cancellation, and then nothing would end
+            if len(recorder._pending) >= recorder.room: break
         if recorder._pending: await asyncio.to_thread(recorder.write)
         recorder.hand_on()
 
 async def _work(queue, throttle, recorder, send):
     while call := await queue.take():
         if may_send(call, queue, recorder) and await afford(call, recorder):
-            while recorder.unwritten >= 2 * recorder.room: await asyncio.sleep(0.01) # The disk is slower than the model
+            while recorder.taken - recorder.durable >= 2 * recorder.room: await asyncio.sleep(0.01) # The disk is slower than the model
             recorder.under_way += 1
             await try_once(call, queue, throttle, recorder, send)
             recorder.under_way -= 1
