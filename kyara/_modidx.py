@@ -1047,6 +1047,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'kyara.llm.Recorder.notice': ('llm.html#recorder.notice', 'kyara/llm.py'),
                            'kyara.llm.Recorder.over_budget': ('llm.html#recorder.over_budget', 'kyara/llm.py'),
                            'kyara.llm.Recorder.show': ('llm.html#recorder.show', 'kyara/llm.py'),
+                           'kyara.llm.Recorder.unwritten': ('llm.html#recorder.unwritten', 'kyara/llm.py'),
                            'kyara.llm.Recorder.write': ('llm.html#recorder.write', 'kyara/llm.py'),
                            'kyara.llm.Refused': ('llm.html#refused', 'kyara/llm.py'),
                            'kyara.llm.Reply': ('llm.html#reply', 'kyara/llm.py'),

@@ -236,6 +236,11 @@ class Recorder:
         self.taken = self.durable = 0 # Each is counted by one thread only
         self.room = max(settings.concurrency, 64) # Replies that are worth a write
 
+    @property
+    def unwritten(self) -> int:
+        "Count the replies that are not durable yet."
+        return self.taken - self.durable
+
     def add(self, call_id: str, completion: Completion):
         "Take a reply."
         settings, request = self.settings, self.requests.pop(call_id)
@@ -656,7 +661,7 @@ async def _write_along(recorder):
 async def _work(queue, throttle, recorder, send):
     while call := await queue.take():
         if may_send(call, queue, recorder) and await afford(call, recorder):
-            while recorder.taken - recorder.durable >= 2 * recorder.room: await asyncio.sleep(0.01) # The disk is slower than the model
+            while recorder.unwritten >= 2 * recorder.room: await asyncio.sleep(0.01) # The disk is slower than the model
             recorder.under_way += 1
             await try_once(call, queue, throttle, recorder, send)
             recorder.under_way -= 1

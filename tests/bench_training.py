@@ -68,7 +68,7 @@ def one_seed(seed, folder):
     texts = [turn['content'] for row in rows[:600] for turn in row['messages']] + [VOICES['curated'].format(numeral(held[0]))]
     common = dict(per_device_train_batch_size=8, warmup_steps=20, adam_beta2=0.98, logging_steps=50, seed=seed)
     student = make_student(texts, folder / 'student', **SHAPE, seed=seed)
-    train_sft(rows, [], student, folder / 'sft', 64, num_train_epochs=9, learning_rate=0.003, **common)
+    train_sft(rows, [], student, folder / 'sft', 64, num_train_epochs=13, learning_rate=0.003, **common)
     found['a exact match'], answers = exact_match(folder / 'sft/model', held)
     found['d padded answers before'] = 100 * sum('希望' in answer for answer in answers) / len(answers)
     found['d characters before'] = statistics.mean(map(len, answers))

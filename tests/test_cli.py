@@ -178,6 +178,14 @@ def test_help_waits_for_no_heavy_library(place):
 HEAVY = {'torch', 'transformers', 'trl', 'datasets', 'numpy', 'pandas', 'pyarrow', 'matplotlib', 'sympy', 'opencc', 'jieba',
          'aiohttp', 'qdrant_client', 'qdrant_edge', 'papermill', 'nbformat', 'IPython', 'pydantic', 'asyncio'}
 
+def test_bash_completes_commands_and_options(place):
+    script = kyara('completion', 'bash', folder=place).stdout
+    words = 'COMP_WORDS=({}); COMP_CWORD={}; COMPREPLY=(); {} kyara; echo "${{COMPREPLY[@]}}"'
+    function = script.split(' -F ')[-1].split()[0]
+    told = [subprocess.run(['bash', '-c', script + '\n' + words.format(line, len(line.split()) - 1, function)], capture_output=True,
+                           text=True, timeout=60).stdout.split() for line in ('kyara re', 'kyara run --dr')]
+    assert told == [['report'], ['--dry-run']], told
+
 def test_a_pipe_that_closes_early_is_no_error(place):
     write(place, 'long.txt', '這個軟件很好用。\n' * 5000)
     reader = subprocess.Popen(['head', '-n', '1'], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
@@ -245,6 +253,8 @@ def test_ledger_commands(inside, capsys):
     assert main(['ledger', 'stats', 'own.sqlite']) == 0
     head, row = capsys.readouterr().out.splitlines()
     assert head.split()[:2] == ['model', 'stage'] and row.split()[:3] == ['offline', 'ask', '1']
+    assert main(['ledger', 'stats', 'own.sqlite', '--json']) == 0
+    assert json.loads(capsys.readouterr().out)[0]['model'] == 'offline'
     assert main(['ledger', 'export', 'own.sqlite', '--out', 'deep/calls.jsonl.gz']) == 0
     entry = json.loads(gzip.open('deep/calls.jsonl.gz', 'rt', encoding='utf-8').read())
     assert entry['request']['messages'] == TURNS and entry['stage'] == 'ask'

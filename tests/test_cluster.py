@@ -187,7 +187,7 @@ def bucket():
             except OSError:
                 assert time.monotonic() < deadline and process.poll() is None, 'moto_server does not start'
                 time.sleep(0.2)
-        yield f's3://kyara/runs/demo?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1'
+        yield f's3://kyara/runs/demo?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_delayed_open=true'
     finally:
         process.kill()
         process.wait()

@@ -365,3 +365,23 @@ def test_search(tmp_path, capsys):
     assert hit['title'] == '玉山' and hit['doc_id'] == 'd1'
     assert_told(capsys, main(['search', ' ', '--kb', str(tmp_path / 'kb')]), 'the question is empty')
     assert_told(capsys, main(['search', '玉山', '--kb', str(tmp_path / 'none')]), 'none')
+
+
+# Several runs of one recipe
+
+def test_a_sweep_makes_one_run_for_each_value_and_a_table_of_all(copy, capsys):
+    "The recipe's own run stays as it is."
+    before = hashes(copy)
+    assert main(['run', str(copy), '--set', 'write.least=3,7', '--set', 'count.name=甲']) == 0
+    told, runs = capsys.readouterr().out, ['tea--least-3', 'tea--least-7']
+    assert sorted(path.name for path in copy.parent.iterdir() if (path / 'run.json').exists()) == ['tea', *runs]
+    scores = [json.loads((copy.parent / name / 'count/scores.json').read_text())['甲']['rows']['score'] for name in runs]
+    assert scores == [2, 1] and hashes(copy) == before
+    assert all(name in told for name in runs) and told.count('report.html') == 2, told
+    assert main(['status', str(copy.parent / runs[1]), '--json']) == 0
+    assert [row['stage'] for row in json.loads(capsys.readouterr().out)] == ['write', 'count']
+
+def test_a_sweep_with_one_bad_value_runs_nothing(copy, capsys):
+    folders = sorted(copy.parent.iterdir())
+    assert main(['run', str(copy), '--set', 'write.least=3,viele']) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1 and sorted(copy.parent.iterdir()) == folders
