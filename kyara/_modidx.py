@@ -1613,6 +1613,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'kyara.run._read_engine': ('run.html#_read_engine', 'kyara/run.py'),
                            'kyara.run._remove': ('run.html#_remove', 'kyara/run.py'),
                            'kyara.run._set_engine': ('run.html#_set_engine', 'kyara/run.py'),
+                           'kyara.run._set_value': ('run.html#_set_value', 'kyara/run.py'),
                            'kyara.run._tell': ('run.html#_tell', 'kyara/run.py'),
                            'kyara.run._unique_keys': ('run.html#_unique_keys', 'kyara/run.py'),
                            'kyara.run.amount': ('run.html#amount', 'kyara/run.py'),

@@ -95,22 +95,24 @@ def _check_name(path, name):
                         'and neither run nor runs')
 
 def _set_engine(recipe, change):
-    import yaml
     target, _, text = change.partition('=')
     engine, key = recipe.get('engine') or {}, target.partition('.')[2]
     engine = {'name': engine} if isinstance(engine, str) else engine
-    recipe['engine'] = {**engine, key or 'name': yaml.safe_load(text)}
+    if isinstance(engine, dict): recipe['engine'] = {**engine, key or 'name': _set_value(change, text)} # Else it is refused later
+
+def _set_value(change, text):
+    import yaml
+    try: return text if re.match(r'\{[\w-]+\}', text) else yaml.safe_load(text) # {index}/chunk is no YAML
+    except yaml.YAMLError: raise UserError(f'--set {change}: the value is not YAML; quote it') from None
 
 def _apply_set(stages, change):
-    import yaml
     target, equals, text = change.partition('=')
     stage, dot, parameter = target.partition('.')
     if not (equals and dot and parameter):
         raise UserError(f'--set {change} is not of the form stage.parameter=value')
     if stage not in stages:
         raise UserError(f'--set {change}: there is no stage {stage}{suggest(stage, list(stages))}')
-    try: value = text if re.match(r'\{[\w-]+\}', text) else yaml.safe_load(text) # {index}/chunk is no YAML
-    except yaml.YAMLError: raise UserError(f'--set {change}: the value is not YAML; quote it') from None
+    value = _set_value(change, text)
     stages[stage][parameter] = '' if value is None else value
 
 # %% ../nbs/20_run.ipynb #20000012

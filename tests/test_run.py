@@ -220,6 +220,7 @@ def test_bad_recipe(recipe, capsys, name):
 
 @pytest.mark.parametrize('words, part', [
     (['run', 'runs/none.yaml'], 'cannot be read'), (['run', '{recipe}', '--set', 'write=3'], 'not of the form'),
+    (['run', '{recipe}', '--set', 'engine=[1'], 'not YAML'), (['run', '{recipe}', '--set', 'engine=rya'], "cannot be 'rya'"),
     (['run', '{recipe}', '--set', 'wriet.least=3'], "did you mean 'write'"), (['run', '{recipe}', '--from', 'wriet'], "did you mean 'write'"),
     (['status', 'runs/none'], 'is no run'), (['report', 'runs/none'], 'is no run'), (['trace', 'abc', '--run', 'runs/none'], 'is no run'),
     (['trace', 'abc', '--run', '{run}'], 'has the id abc'), (['ledger', 'stats', 'none.sqlite'], 'is no file'),
