@@ -6,7 +6,7 @@
 __all__ = ['LEASE', 'ENGINE', 'Session', 'Office', 'reserve_many', 'SharedPace', 'RemoteLedger', 'Failed', 'LocalEngine',
            'RayEngine', 'package_versions', 'run_shard', 'outcome_of', 'Store', 'parquet_bytes', 'make_shard',
            'map_to_store', 'open_office', 'caller', 'Asking', 'share_limits', 'ask_in_shards', 'lost', 'read_engine',
-           'connect', 'cluster_of', 'join', 'ask_on_cluster', 'stays_here', 'left']
+           'connect', 'cluster_of', 'joined', 'join', 'ask_on_cluster', 'stays_here', 'left', 'over_shards']
 
 # %% ../nbs/03_cluster.ipynb #03000002
 import functools, hashlib, itertools, json, os, posixpath, socket, threading, time
@@ -506,10 +506,14 @@ def cluster_of(
         ray.shutdown()
 
 # %% ../nbs/03_cluster.ipynb #03000028
+def joined() -> dict: # As `read_engine` gives it, with the cluster's address
+    "Say which engine the run of this process was started with."
+    return json.loads(os.environ.get('KYARA_ENGINE') or 'null') or read_engine(None)
+
 def join():
     "Have the clients of this process ask through the cluster that its run was started with."
-    engine = json.loads(os.environ.get('KYARA_ENGINE') or '{}')
-    if engine.get('name') == 'ray': Client.ask_each = functools.partialmethod(ask_on_cluster, engine)
+    engine = joined()
+    if engine['name'] == 'ray': Client.ask_each = functools.partialmethod(ask_on_cluster, engine)
 
 def ask_on_cluster(client: Client, engine: dict, requests: Iterable[Request], deliver: Callable,
                    total: int | None = None, label: str = ''):
@@ -538,3 +542,20 @@ def stays_here(client: Client) -> bool:
 def left(limit: float | None, spent: float) -> float | None:
     "Give what is left of a limit."
     return limit if limit is None else max(limit - spent, 0)
+
+# %% ../nbs/03_cluster.ipynb #03000032
+def over_shards(
+    function: Callable, # From a list of items to a list as long; of a module, or a `functools.partial` of one
+    items: Iterable, # Drawn as they are needed
+    *,
+    size: int = 256, # Items in a shard
+) -> Iterator: # One result for each item, in order
+    "Work on shards of items, on all workers of the cluster that this process belongs to, else here."
+    engine, shards = joined(), batched(items, size)
+    if engine['name'] == 'local': results = map(function, shards)
+    else:
+        connect(engine['address'])
+        results = RayEngine(engine['workers']).map(function, shards)
+    for number, result in enumerate(results):
+        if isinstance(result, Failed): raise UserError(f'shard {number} failed for good: {result.reason}')
+        yield from result
