@@ -7,7 +7,8 @@ __all__ = ['KNOWN_SETS', 'ROLES', 'ANSWER_COLUMNS', 'LIMITS', 'LEFTOVERS', 'REFU
            'LENGTHS', 'public_messages', 'prose_of', 'language_of', 'adapt', 'read_source', 'stream_set', 'answers_of',
            'broken_turns', 'bad_length', 'repetition', 'broken_markup', 'template_leftover', 'refusal',
            'simplified_script', 'language_mismatch', 'mainland_words', 'quality_reason', 'drop_low_quality',
-           'to_taiwan', 'compact', 'compared_text', 'drop_exact', 'drop_near', 'drop_repeats', 'drop_semantic',
+           'quality_reasons', 'to_taiwan', 'all_to_taiwan', 'compact', 'compared_text', 'drop_exact', 'exact_keys',
+           'drop_near', 'near_signatures', 'number_group', 'drop_repeats', 'drop_semantic', 'semantic_signatures',
            'write_pairs', 'borderline_pairs', 'try_thresholds', 'sample_source', 'split_rows', 'make_base',
            'describe_passes', 'describe_rows', 'row_lengths', 'load_tokenizer', 'plot_statistics']
 
@@ -20,11 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
+from .cluster import over_shards
 from .collection import open_embedder
 from .core import Spool, UserError, batched, chinese_pyplot, content_hash, dialogue, drop, read_jsonl, read_rows, resolve_path
 from .core import row_schema, service_settings, write_shard, write_text
-from .contamination import ASKING, UNIT, Item, ItemIndex, MeaningIndex, QUESTION_COLUMNS, configured_embedding, drop_contaminated
-from .contamination import gram_arrays, item_text, numbers_of, read_items, source_name, unit_arrays, unit_vectors, units
+from .contamination import ItemIndex, MeaningIndex, QUESTION_COLUMNS, configured_embedding, drop_contaminated
+from .contamination import item_text, read_items, source_name, unit_vectors, with_results
 from .near import VectorFile, choose_repeats, count_repeats, sign_texts, sign_vectors, similar_pairs, similar_stored
 from .zh import detect_language, fix_taiwan, fold_script, lint_taiwan, to_traditional
 
@@ -244,10 +246,12 @@ def drop_low_quality(
     "Apply the quality rules."
     unknown = limits.keys() - LIMITS.keys()
     if unknown: raise UserError(f"limits has no {', '.join(sorted(unknown))}; it has {', '.join(LIMITS)}")
-    limits = {**LIMITS, **limits}
-    for row in rows:
-        reason, evidence = ('', '') if 'drop_reason' in row else quality_reason(row, limits)
-        yield drop(row, reason, evidence) if reason else row
+    for row, found in with_results(functools.partial(quality_reasons, {**LIMITS, **limits}), rows):
+        yield drop(row, *found) if found and found[0] else row
+
+def quality_reasons(limits: dict, rows: list[dict]) -> list[tuple[str, str]]: # As `quality_reason` gives them
+    "Judge a shard of rows."
+    return [quality_reason(row, limits) for row in rows]
 
 # %% ../nbs/13_base.ipynb #13000028
 def to_taiwan(
@@ -257,6 +261,10 @@ def to_taiwan(
     if 'drop_reason' in row or not simplified_script(row, LIMITS): return row
     messages = [{**turn, 'content': fix_taiwan(to_traditional(turn['content']))} for turn in row['messages']]
     return dialogue(messages, row['task'], **{**row['meta'], 'lang': 'zh-TW', 'parent_ids': [row['id']]})
+
+def all_to_taiwan(rows: list[dict]) -> list[dict]:
+    "Rewrite a shard of rows."
+    return list(map(to_taiwan, rows))
 
 # %% ../nbs/13_base.ipynb #13000031
 def compact(
@@ -282,12 +290,15 @@ def drop_exact(
 ) -> Iterator[dict]: # All of them; repeats carry `duplicate` and the first one's id
     "Find rows that say the same."
     seen = {}
-    for row in rows:
-        if 'drop_reason' not in row:
-            key = hashlib.blake2b(compared_text(row).encode(), digest_size=8).digest()
-            if key in seen: row = drop(row, 'duplicate', seen[key])
-            else: seen[key] = row['id']
+    for row, key in with_results(exact_keys, rows):
+        if key is not None and key in seen: row = drop(row, 'duplicate', seen[key])
+        elif key is not None: seen[key] = row['id']
         yield row
+
+def exact_keys(rows: list[dict]) -> list[int]: # 64 bits
+    "Hash what rows are compared by."
+    digests = (hashlib.blake2b(compared_text(row).encode('utf-8', 'surrogatepass'), digest_size=8).digest() for row in rows)
+    return list(map(int.from_bytes, digests))
 
 # %% ../nbs/13_base.ipynb #13000035
 LEAST = 0.4 # Similarity of the pairs that are kept for trying other thresholds
@@ -299,26 +310,41 @@ def drop_near(
 ) -> Iterator[dict]: # All of them; near duplicates carry `near_duplicate`, the other's id and the similarity
     "Find rows that say almost the same as an earlier one."
     find = functools.partial(similar_pairs, least=min(threshold, LEAST))
-    return drop_repeats(rows, 'near_duplicate', sign_texts, find, threshold, report)
+    return drop_repeats(rows, 'near_duplicate', near_signatures, find, threshold, report)
+
+def near_signatures(rows: list[dict]) -> list[tuple[int, np.ndarray]]: # Group and signature of each
+    "Sign what rows are compared by."
+    texts = list(map(compared_text, rows))
+    return list(zip(map(number_group, rows, texts), sign_texts(texts), strict=True))
+
+def number_group(
+    row: dict, # A dialogue
+    text: str, # What it is compared by
+) -> int: # Only rows of the same group can repeat each other
+    "Group problems by their numbers, and all other rows together."
+    numbers = ' '.join(re.findall(r'\d+(?:\.\d+)?', text)) if row['task'] == 'math' else ''
+    return zlib.crc32(numbers.encode())
 
 def drop_repeats(
     rows: Iterable[dict], # Dialogues
     reason: str, # Of rows that go
-    sign: Callable[[list[str]], np.ndarray], # Gives each text a row of an array
-    find: Callable, # Finds the pairs that are alike, by that array and the groups within which rows are compared
+    sign: Callable[[list[dict]], list[tuple]], # Gives each row its group, an array, and what `store` is to keep
+    find: Callable, # Finds the pairs that are alike, by these arrays and groups
     threshold: float, # Similarity of repeats
     report: dict | None = None, # Gets `ids` of the rows that were compared, and `pairs`
+    store: VectorFile | None = None,
 ) -> Iterator[dict]: # All of them; repeats carry `reason`, the other's id and the similarity
     "Read rows twice: once to compare them, once to part them."
-    spool, ids, groups, signed = Spool(), [], array('Q'), []
-    for batch in batched(rows, 250):
-        fresh = [row for row in batch if 'drop_reason' not in row]
-        texts = [compared_text(row) for row in fresh]
-        if texts: signed.append(sign(texts))
-        ids += [row['id'] for row in fresh]
-        groups.extend(_group(row, text) for row, text in zip(fresh, texts, strict=True))
-        for row in batch: spool.append(row)
-    pairs = find(np.concatenate(signed), groups=np.frombuffer(groups, np.uint64)) if signed else (np.empty(0, int),) * 3
+    spool, ids, groups, signed, pairs = Spool(), [], array('Q'), bytearray(), (np.empty(0, int),) * 3
+    for row, found in with_results(sign, rows):
+        spool.append(row)
+        if found is None: continue
+        group, signature, *vector = found
+        ids.append(row['id'])
+        groups.append(group)
+        signed += signature.tobytes()
+        if store: store.append(*vector)
+    if ids: pairs = find(np.frombuffer(signed, signature.dtype).reshape(len(ids), -1), groups=np.frombuffer(groups, np.uint64))
     del signed, groups # The next pass needs the room
     if report is not None: report.update(ids=ids, pairs=pairs)
     gone, number = choose_repeats(pairs, threshold), 0
@@ -327,10 +353,6 @@ def drop_repeats(
             if number in gone: row = drop(row, reason, f'{ids[gone[number][0]]} {gone[number][1]:.2f}')
             number += 1
         yield row
-
-def _group(row, text):
-    numbers = ' '.join(re.findall(r'\d+(?:\.\d+)?', text)) if row['task'] == 'math' else ''
-    return zlib.crc32(numbers.encode())
 
 # %% ../nbs/13_base.ipynb #13000038
 def drop_semantic(
@@ -341,13 +363,16 @@ def drop_semantic(
 ) -> Iterator[dict]: # All of them; those that mean the same carry `semantic_duplicate`, the other's id and the cosine
     "Find rows that mean the same as an earlier one."
     if not threshold: return iter(rows)
-    embedder, stored = open_embedder(embedding or configured_embedding() or 'hashing:512'), VectorFile()
-    def sign(texts):
-        vectors = unit_vectors(embedder, texts)
-        stored.append(vectors)
-        return sign_vectors(vectors)
+    stored = VectorFile()
+    sign = functools.partial(semantic_signatures, embedding or configured_embedding() or 'hashing:512')
     find = functools.partial(similar_stored, vectors=stored, least=max(threshold - 0.1, min(threshold, 0.5)))
-    return drop_repeats(rows, 'semantic_duplicate', sign, find, threshold, report)
+    return drop_repeats(rows, 'semantic_duplicate', sign, find, threshold, report, stored)
+
+def semantic_signatures(embedding: str, rows: list[dict]) -> list[tuple[int, np.ndarray, np.ndarray]]: # Group, signature, vector
+    "Embed what rows are compared by."
+    texts = list(map(compared_text, rows))
+    vectors = unit_vectors(open_embedder(embedding), texts)
+    return list(zip(map(number_group, rows, texts), sign_vectors(vectors), vectors.astype(np.float16), strict=True))
 
 # %% ../nbs/13_base.ipynb #13000041
 def write_pairs(
@@ -453,7 +478,7 @@ def make_base(
     def clean_source(location):
         name = source_name(location)
         rows = read_source(location, licenses.get(name, ''))
-        if simplified == 'convert': rows = map(to_taiwan, rows)
+        if simplified == 'convert': rows = over_shards(all_to_taiwan, rows)
         rows = drop_low_quality(rows, limits)
         for index in indexes: rows = drop_contaminated(rows, index)
         return sample_source(rows, weights.get(name, 1.0), caps.get(name, 0), seed)

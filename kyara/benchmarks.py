@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['READ_AT_MOST', 'MATH_HELD_OUT', 'PREFERENCE_HELD_OUT', 'JSON_REPLY', 'ZEROEVAL', 'GSM8K', 'MATH_L5', 'CRUX_QUESTION',
-           'CRUX', 'CRUX_V1', 'MMLU_REDUX', 'EASY_GRIDS', 'ZEBRA', 'TMMLUPLUS_QUESTION', 'TMMLUPLUS_LETTER',
-           'TMMLUPLUS_DIRECT', 'TMMLUPLUS', 'TMMLUPLUS_MEAN66', 'TMMLUPLUS_LIKELIHOOD', 'TRUTHFULQA', 'TRUTHFULQA_MC2',
-           'TMMLUPLUS_SIMPLIFIED', 'MATH_SIMPLIFIED', 'Judging', 'Benchmark', 'read_public', 'check_place', 'find_file',
-           'user_turn', 'json_turn', 'json_answer', 'crux_question', 'lettered', 'choice_letter', 'zebra_turn',
-           'zebra_part', 'zebra_cells', 'weighted_groups', 'read_tmmluplus', 'tmmluplus_turn', 'letter_answer',
-           'tmmluplus_average', 'read_truthfulqa', 'converted', 'simplified_turns']
+           'CRUX', 'CRUX_V1', 'MMLU_REDUX', 'ZEBRA', 'TMMLUPLUS_QUESTION', 'TMMLUPLUS_LETTER', 'TMMLUPLUS_DIRECT',
+           'TMMLUPLUS', 'TMMLUPLUS_MEAN66', 'TMMLUPLUS_LIKELIHOOD', 'TRUTHFULQA', 'TRUTHFULQA_MC2',
+           'TMMLUPLUS_SIMPLIFIED', 'MATH_SIMPLIFIED', 'Judging', 'Benchmark', 'read_public', 'read_hub', 'hub_configs',
+           'check_place', 'find_file', 'user_turn', 'json_turn', 'json_answer', 'crux_question', 'lettered',
+           'zebra_turn', 'zebra_gold', 'zebra_cells', 'weighted_groups', 'read_tmmluplus', 'tmmluplus_turn',
+           'letter_answer', 'tmmluplus_average', 'read_truthfulqa', 'converted', 'simplified_turns']
 
 # %% ../nbs/18_benchmarks.ipynb #18000002
 import json
@@ -21,10 +21,10 @@ import numpy as np
 
 from .core import UserError, read_rows
 from .mathgen import final_answer, same_answer
-from kyara.metrics import (
-    TMMLUPLUS_GROUPS, aggregate_tmmluplus, choice_scores, extract_answer, grid_cells, same_letter, same_literal,
-    same_number)
-from .score import gold_text, item_id, read_outputs
+from .metrics import (
+    TMMLUPLUS_GROUPS, aggregate_tmmluplus, bare_letter, choice_scores, extract_answer, grid_cells, same_letter,
+    same_literal, same_number)
+from .score import choice_letter, gold_text, item_id, read_outputs, zebra_part
 
 # %% ../nbs/18_benchmarks.ipynb #18000004
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Benchmark:
     "How one benchmark is run and scored."
     name: str
     rule: str # Name of the rule; two rules are never averaged together
-    license: str # Of the items
+    license: str # Of the items, and where that is said
     read: Callable[[Path], Iterable[dict]] # From a path to rows, each with `id`
     prompt: Callable[[dict], list[dict]] # From a row to the messages that the model gets
     gold: Callable[[dict], str | None] # The right answer; a row without one is dropped
@@ -64,16 +64,36 @@ def read_public(
     location: str | Path, # JSON, JSONL, CSV, .gz or not, or `hf:NAME?split=test`
 ) -> list[dict]: # Rows with `id`
     "Read the items of a public benchmark."
-    if str(location).startswith('hf:'):
-        from kyara.corpus import read_hub_records
-        rows = list(read_hub_records(str(location)))
-    else: rows = read_outputs(check_place(location))
+    rows = read_hub(str(location)) if str(location).startswith('hf:') else read_outputs(check_place(location))
     return [{**row, 'id': item_id(row, number)} for number, row in enumerate(rows)]
+
+def read_hub(
+    location: str, # `hf:NAME?split=test`
+) -> list[dict]: # Its rows; a file of it that cannot be read is a mistake here
+    "Read a data set of the hub, or one in a local folder, whole."
+    from kyara.corpus import read_hub_records
+    rows = list(read_hub_records(location))
+    broken = next((row for row in rows if 'drop_reason' in row), None)
+    if broken: raise UserError(f"{broken['evidence']}; the items would not be all there")
+    return rows
+
+def hub_configs(
+    name: str, # Of a data set of the hub, or its local folder
+    revision: str = '', # Of the data set; '' for the newest
+) -> list[str]: # Names of its configurations, sorted
+    "List the parts of a data set."
+    import datasets
+    from kyara.convert import first_line
+    try: return sorted(datasets.get_dataset_config_names(name, revision=revision or None))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f'hf:{name} cannot be read ({first_line(error)}); check its name and your connection') from None
 
 def check_place(
     location: str | Path, # A file or a folder
 ) -> Path: # The same, if it is there
     "Refuse a place that does not exist."
+    if str(location).startswith('hf:'):
+        raise UserError(f'{location}: these items are files; fetch them (see `source`) and name their folder')
     if Path(location).exists(): return Path(location)
     raise UserError(f'{location} does not exist; get the items of the benchmark (its `source`), name their place')
 
@@ -139,7 +159,7 @@ def json_answer(
 
 ZEROEVAL = 'zeroeval, own prompt'
 GSM8K = Benchmark(
-    name='gsm8k', rule=ZEROEVAL, license='MIT', items=1319,
+    name='gsm8k', rule=ZEROEVAL, license='MIT (openai/grade-school-math)', items=1319,
     source='test.jsonl of openai/grade-school-math, or hf:openai/gsm8k?config=main&split=test',
     read=read_public,
     prompt=lambda row: json_turn(row['question'], 'the final number only'),
@@ -147,8 +167,9 @@ GSM8K = Benchmark(
     extract=json_answer, score=lambda answer, gold: float(same_number(answer, gold)))
 
 MATH_L5 = replace(
-    GSM8K, name='math-l5', license='MIT', items=721, max_tokens=2048,
-    source='rows {problem, answer}: the 721 of level 5 of MATH whose answer is a number, as ZeroEval lists them',
+    GSM8K, name='math-l5', items=721, max_tokens=2048,
+    license='MIT (LICENSE of hendrycks/math); AoPS claims the problems and had the copy on the hub taken down',
+    source='rows {problem, answer}: hf:AI-MO/aimo-validation-math-level-5?split=train, numbers alone, as in ZeroEval',
     prompt=lambda row: json_turn(row.get('problem') or row['question'], 'the final number only'),
     gold=gold_text)
 
@@ -168,7 +189,7 @@ def crux_question(
     return CRUX_QUESTION.replace('[[input]]', row['input']).replace('[[code]]', row['code'])
 
 CRUX = Benchmark(
-    name='crux', rule='zeroeval v2, own prompt', license='MIT', items=800,
+    name='crux', rule='zeroeval v2, own prompt', license='MIT (facebookresearch/cruxeval)', items=800,
     source='cruxeval.jsonl of facebookresearch/cruxeval, or hf:cruxeval-org/cruxeval?split=test',
     read=read_public,
     prompt=lambda row: json_turn(crux_question(row), 'the literal only'),
@@ -187,25 +208,14 @@ def lettered(
     "List choices."
     return '\n'.join(f'{letter}) {choice}' for letter, choice in zip('ABCDEFGHIJ', choices))
 
-def choice_letter(
-    row: dict, # With `choices`, and the right one as text, letter or place
-) -> str | None: # Its letter, None if the row does not say
-    "Find the letter of the right choice."
-    gold, choices = row.get('correct_answer', row.get('answer')), [str(choice) for choice in row['choices']]
-    if gold is None: return None
-    if isinstance(gold, int): return 'ABCDEFGHIJ'[gold]
-    return 'ABCDEFGHIJ'[choices.index(gold)] if gold in choices else str(gold)
-
 MMLU_REDUX = Benchmark(
-    name='mmlu-redux', rule=ZEROEVAL, license='CC-BY-4.0', items=2778,
+    name='mmlu-redux', rule=ZEROEVAL, license='CC-BY-4.0 (card of edinburgh-dawg/mmlu-redux)', items=2778,
     source='rows {id, question, choices, correct_answer}, hf:WildEval/ZeroEval?config=mmlu-redux&split=test',
     read=read_public,
     prompt=lambda row: json_turn(f"{row['question']}\n\n{lettered(row['choices'])}", 'the letter only'),
     gold=choice_letter, extract=json_answer, score=lambda answer, gold: float(same_letter(answer, gold)))
 
 # %% ../nbs/18_benchmarks.ipynb #18000022
-EASY_GRIDS = ('2x2', '2x3', '2x4', '2x5', '2x6', '3x2', '3x3')
-
 def zebra_turn(
     row: dict, # With `puzzle`, and `solution`, whose header and number of rows are the form
 ) -> list[dict]: # Messages
@@ -217,11 +227,12 @@ def zebra_turn(
     return user_turn(f"{row['puzzle']}\n\nSolve the puzzle step by step. "
                      f'Reply with one JSON object and nothing else, filled in:\n{reply}')
 
-def zebra_part(
-    row: dict, # Whose id holds the size, e.g. lgp-test-3x4-7
-) -> str: # 'easy' or 'hard'
-    "Say which part of ZebraLogic a puzzle belongs to."
-    return 'easy' if any(f'-{size}-' in row['id'] for size in EASY_GRIDS) else 'hard'
+def zebra_gold(
+    row: dict, # With `solution`; the public copy of the puzzles has blanks in it
+) -> str | None: # How many cells there are, None if they are blank
+    "Say what a solved puzzle has."
+    cells = [cell for house in row['solution']['rows'] for cell in house[1:]]
+    return None if any(cell.strip('_ ') == '' for cell in cells) else f'{len(cells)} cells'
 
 def zebra_cells(reply, row):
     right, total, answered = grid_cells(reply, row['solution'])
@@ -235,12 +246,13 @@ def weighted_groups(
     return {'all': sum(means[name] * counts[name] for name in means) / sum(counts.values()), **means}
 
 ZEBRA = Benchmark(
-    name='zebra-grid', rule=ZEROEVAL, license='as its source says', items=1000, max_tokens=4096,
+    name='zebra-grid', rule=ZEROEVAL, items=1000, max_tokens=4096,
+    license='none stated (card of allenai/ZebraLogicBench); its authors keep the solutions private',
     source='rows {id, puzzle, solution}: hf:allenai/ZebraLogicBench-private?config=grid_mode&split=test, on request',
     read=read_public, prompt=zebra_turn,
-    gold=lambda row: f"{len(row['solution']['rows']) * (len(row['solution']['header']) - 1)} cells",
+    gold=zebra_gold,
     extract=zebra_cells, score=lambda answer, gold: float(answer.split('/')[0] == gold.split(' ')[0]),
-    group=zebra_part, aggregate=weighted_groups)
+    group=lambda row: zebra_part(row['id']), aggregate=weighted_groups)
 
 # %% ../nbs/18_benchmarks.ipynb #18000025
 TMMLUPLUS_QUESTION = '''以下是一題單選題，請說明你的想法，再選出答案。
@@ -252,14 +264,26 @@ TMMLUPLUS_LETTER = '請只用一個 JSON 物件寫出你選的選項代號，不
 TMMLUPLUS_DIRECT = '[[question]]\n\n[[choices]]\n\n請只回答選項的代號。'
 
 def read_tmmluplus(
-    location: str | Path, # Folder of `SUBJECT_test.csv`, or one file whose rows have `subject`
+    location: str | Path, # Folder of `SUBJECT_test.csv`, a file whose rows have `subject`, or `hf:NAME`
 ) -> list[dict]: # Rows with `id`, `subject`, `question`, `A` to `D`, `answer`
     "Read TMMLU+."
-    if str(location).startswith('hf:') or not check_place(location).is_dir(): return read_public(location)
+    if str(location).startswith('hf:'): return _hub_subjects(str(location))
+    if not check_place(location).is_dir(): return read_public(location)
     files = sorted(Path(location).glob('*_test.csv'))
     if not files: raise UserError(f'{location} holds no SUBJECT_test.csv; copy those of hf:ikala/tmmluplus there')
     return [{**row, 'subject': path.name.removesuffix('_test.csv'), 'id': str(number)}
             for path in files for number, row in enumerate(read_outputs(path))]
+
+def _hub_subjects(location):
+    # On the hub each subject is a configuration, and its rows do not say which.
+    from kyara.corpus import parse_hub
+    name, options = parse_hub(location)
+    if options['config']: return [{'subject': options['config'], **row} for row in read_public(location)]
+    known = set().union(*TMMLUPLUS_GROUPS.values())
+    subjects = [subject for subject in hub_configs(name, options['revision']) if subject in known]
+    if not subjects: return read_public(location)
+    places = {subject: f"{location}{'&' if '?' in location else '?'}config={subject}" for subject in subjects}
+    return [{'subject': subject, **row} for subject, place in places.items() for row in read_public(place)]
 
 def tmmluplus_turn(
     row: dict, # With `question` and `A` to `D`
@@ -274,8 +298,7 @@ def letter_answer(
     row: dict, # The item
 ) -> str | None: # The answer, None if there is none
     "Take a letter from a reply."
-    bare = reply.strip().strip('().。')
-    return bare if bare in tuple('ABCD') else json_answer(reply, row)
+    return bare_letter(reply) or json_answer(reply, row)
 
 # %% ../nbs/18_benchmarks.ipynb #18000026
 def tmmluplus_average(
@@ -288,8 +311,8 @@ def tmmluplus_average(
     return average
 
 TMMLUPLUS = Benchmark(
-    name='tmmluplus', rule='macro4, generative in two turns, own prompt', license='MIT',
-    source='SUBJECT_test.csv of hf:ikala/tmmluplus, all in one folder',
+    name='tmmluplus', rule='macro4, generative in two turns, own prompt', license='MIT (card of ikala/tmmluplus)',
+    source='hf:ikala/tmmluplus?split=test, or its SUBJECT_test.csv, all in one folder',
     read=read_tmmluplus, prompt=lambda row: tmmluplus_turn(row, TMMLUPLUS_QUESTION),
     later=lambda row: [TMMLUPLUS_LETTER],
     gold=lambda row: gold_text(row).strip(), extract=letter_answer,
@@ -320,7 +343,7 @@ def read_truthfulqa(
     return rows
 
 TRUTHFULQA = Benchmark(
-    name='truthfulqa', rule='mc1, chat, zero-shot', license='Apache-2.0', items=817,
+    name='truthfulqa', rule='mc1, chat, zero-shot', license='Apache-2.0 (sylinrl/TruthfulQA)', items=817,
     source='mc_task.json of sylinrl/TruthfulQA, or hf:truthfulqa/truthful_qa?config=multiple_choice&split=validation',
     read=read_truthfulqa, prompt=lambda row: user_turn(row['question']),
     gold=lambda row: next(choice for choice, label in row['mc1_targets'].items() if label),

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LEASE', 'ENGINE', 'Session', 'Office', 'reserve_many', 'SharedPace', 'RemoteLedger', 'Failed', 'LocalEngine',
-           'RayEngine', 'package_versions', 'run_shard', 'outcome_of', 'Store', 'parquet_bytes', 'make_shard',
-           'map_to_store', 'open_office', 'caller', 'Asking', 'share_limits', 'ask_in_shards', 'lost', 'read_engine',
-           'connect', 'cluster_of', 'joined', 'join', 'ask_on_cluster', 'stays_here', 'left', 'over_shards']
+           'RayEngine', 'package_versions', 'run_shard', 'outcome_of', 'beside_shards', 'reach', 'Store', 'packed',
+           'unpacked', 'function_key', 'make_shard', 'shard_name', 'read_shard', 'shard_table', 'open_office', 'caller',
+           'Asking', 'share_limits', 'ask_in_shards', 'lost', 'read_engine', 'connect', 'cluster_of', 'absolute',
+           'start_cluster', 'joined', 'join', 'ask_on_cluster', 'stays_here', 'left', 'over_shards']
 
 # %% ../nbs/03_cluster.ipynb #03000002
-import functools, hashlib, itertools, json, os, posixpath, socket, threading, time
+import base64, functools, gzip, itertools, json, os, posixpath, socket, sys, threading, time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import kyara
-from .core import ModelSettings, UserError, batched, code_version, content_hash, progress
+from .core import ModelSettings, UserError, batched, code_version, content_hash, file_hash, progress
 from .ledger import Entry, INSERT, Ledger, entry_row
 from .llm import Budget, Client, call_key, Pace, Reply, Request, ask_each, guess_tokens, replaying, shared_pace
 
@@ -224,10 +225,12 @@ class Failed:
 class LocalEngine:
     "Runs shards in this process, one after the other."
     workers = 1
+    def __init__(self, spare: bool = True): # False: an error ends the work, with its traceback
+        self.spare = spare
 
     def map(self, function: Callable, shards: Iterable, attempts: int = 3) -> Iterator:
         "Give each shard's result, or `Failed`, in order."
-        for shard in shards: yield self._try(function, shard, attempts)
+        for shard in shards: yield self._try(function, shard, attempts) if self.spare else function(shard)
 
     def _try(self, function, shard, attempts):
         for attempt in range(attempts):
@@ -259,9 +262,10 @@ class RayEngine:
             yield result
 
 @functools.cache
-def package_versions() -> tuple[str, str]: # Version and code
+def package_versions() -> tuple[str, str]: # Version, and a hash of all code
     "Name the code that workers must have, too."
-    return kyara.__version__, code_version('kyara.cluster')
+    files = sorted(Path(kyara.__file__).parent.glob('*.py'))
+    return kyara.__version__, content_hash({path.name: file_hash(path) for path in files})
 
 def run_shard(function: Callable, shard, versions: tuple[str, str]):
     "Run one shard on a worker; a user's mistake is a result, so that Ray does not try it again."
@@ -281,88 +285,174 @@ def outcome_of(reference):
     if isinstance(result, UserError): raise result
     return result
 
+def beside_shards(
+    engine: LocalEngine | RayEngine,
+    function: Callable,
+    shards: Iterable,
+    **options, # Of the engine's `map`
+) -> Iterator[tuple]: # Each shard, and its result or `Failed`
+    "Map, and give back what went in beside what came out."
+    drawn = deque() # As many as are under way
+    def remembered():
+        for shard in shards:
+            drawn.append(shard)
+            yield shard
+    for result in engine.map(function, remembered(), **options): yield drawn.popleft(), result
+
 # %% ../nbs/03_cluster.ipynb #03000020
+@functools.cache
+def reach(url: str) -> tuple: # File system, and the path in it
+    "Reach a place; Arrow speaks S3 and Google Cloud Storage without another package, fsspec all the rest."
+    import fsspec, pyarrow as pa
+    from fsspec.implementations.arrow import ArrowFSWrapper
+    from pyarrow.fs import FileSystem
+    try:
+        if not url.startswith(('s3://', 'gs://')): return fsspec.url_to_fs(url)
+        system, path = FileSystem.from_uri(url)
+        return ArrowFSWrapper(system), path
+    except (ImportError, ValueError, pa.ArrowInvalid) as error:
+        raise UserError(f'{url} cannot be reached: {str(error).splitlines()[0]}') from None
+
 @dataclass(frozen=True)
 class Store:
-    "A place for shards."
+    "A place for what is finished."
     url: str # A folder, or a URL such as s3://bucket/runs?endpoint_override=http://127.0.0.1:9000
 
-    def open(self): # File system and the path in it
-        "Reach the place; Arrow speaks S3 and Google Cloud Storage without another package, fsspec all the rest."
-        import fsspec, pyarrow as pa
-        from fsspec.implementations.arrow import ArrowFSWrapper
-        from pyarrow.fs import FileSystem
-        try:
-            if not self.url.startswith(('s3://', 'gs://')): return fsspec.url_to_fs(self.url)
-            system, path = FileSystem.from_uri(self.url)
-            return ArrowFSWrapper(system), path
-        except (ImportError, ValueError, pa.ArrowInvalid) as error:
-            raise UserError(f'{self.url} cannot be reached: {str(error).splitlines()[0]}') from None
-
     def write(self, name: str, data: bytes):
-        "Write a file, whole or not at all."
-        system, root = self.open()
-        path = posixpath.join(root, name)
-        try:
-            system.makedirs(posixpath.dirname(path), exist_ok=True)
-            whole = path if self.url.startswith('s3://') else f'{path}.part' # An object on S3 appears whole
-            with system.open(whole, 'wb') as file: file.write(data)
-            if whole != path: system.mv(whole, path)
-        except OSError as error:
-            raise UserError(f'{posixpath.join(self.url, name)} cannot be written: {error}; '
-                            'make room or name another place') from None
+        "Write a file."
+        with self._writing(name) as file: file.write(data)
+
+    def send(self, path: Path, name: str):
+        "Write a file of this machine there, in pieces."
+        with open(path, 'rb') as source, self._writing(name) as file:
+            while piece := source.read(2**22): file.write(piece)
 
     def read(self, name: str) -> bytes | None: # None if it is not there
         "Read a file."
-        system, root = self.open()
-        try: return system.cat_file(posixpath.join(root, name))
-        except FileNotFoundError: return None
+        with self._reading(name) as file: return file and file.read()
 
-# %% ../nbs/03_cluster.ipynb #03000021
-def parquet_bytes(
-    rows: list[dict],
-    schema, # A `pyarrow.Schema`, or None to infer it
-) -> bytes: # A Parquet file
-    "Write rows as Parquet."
-    import pyarrow as pa, pyarrow.parquet as pq
-    out = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), out, compression='zstd')
-    return out.getvalue().to_pybytes()
+    def fetch(self, name: str, path: Path):
+        "Write a file from there to this machine, in pieces."
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._reading(name) as file:
+            if not file: raise UserError(f'{posixpath.join(self.url, name)} is not there')
+            with open(path, 'wb') as target:
+                while piece := file.read(2**22): target.write(piece)
+
+    def names(self, folder: str) -> dict[str, int]: # Name to bytes
+        "List what lies in a folder."
+        system, root = reach(self.url)
+        try: found = system.find(posixpath.join(root, folder), detail=True)
+        except FileNotFoundError: return {}
+        return {posixpath.relpath(path, root): entry['size'] for path, entry in sorted(found.items()) if path[-5:] != '.part'}
+
+    @contextmanager
+    def _writing(self, name):
+        system, root = reach(self.url)
+        path = posixpath.join(root, name)
+        part = path if self.url.startswith('s3://') else f'{path}.{os.urandom(4).hex()}.part' # An object on S3 appears whole
+        try:
+            system.makedirs(posixpath.dirname(path), exist_ok=True)
+            with system.open(part, 'wb') as file: yield file
+            if part != path: system.mv(part, path)
+        except OSError as error:
+            if part != path and system.exists(part): system.rm(part)
+            raise UserError(f'{path} cannot be written: {error}; make room or name another place') from None
+
+    @contextmanager
+    def _reading(self, name):
+        system, root = reach(self.url) # The path shows no keys, as the URL may
+        path = posixpath.join(root, name)
+        try: file = system.open(path, 'rb')
+        except FileNotFoundError: file = None
+        except OSError as error: raise UserError(f'{path} cannot be read: {error}') from None
+        try: yield file
+        finally:
+            if file: file.close()
+
+# %% ../nbs/03_cluster.ipynb #03000023
+def packed(value): # Anything JSON can hold; reading it with `unpacked` gives exactly `value`
+    "Write a value down; `TypeError` for what cannot be."
+    if value is None or type(value) in (bool, int, float, str): return value
+    if type(value) is list: return [packed(item) for item in value]
+    if type(value) is tuple: return {'tuple': [packed(item) for item in value]}
+    if type(value) is dict and all(type(key) is str for key in value):
+        return {'dict': {key: packed(item) for key, item in value.items()}}
+    if type(value) is bytes: return {'bytes': base64.b64encode(value).decode()}
+    if type(value).__name__ == 'ndarray' and value.dtype.kind in 'biuf':
+        return {'array': [value.dtype.str, list(value.shape), base64.b64encode(value.tobytes()).decode()]}
+    raise TypeError(f'{type(value).__name__} cannot be kept')
+
+def unpacked(value): # What `packed` was given
+    "Read a value."
+    if type(value) is list: return [unpacked(item) for item in value]
+    if type(value) is not dict: return value
+    (kind, held), = value.items()
+    if kind == 'tuple': return tuple(unpacked(held))
+    if kind == 'dict': return {key: unpacked(item) for key, item in held.items()}
+    if kind == 'bytes': return base64.b64decode(held)
+    import numpy as np
+    return np.frombuffer(base64.b64decode(held[2]), held[0]).reshape(held[1]).copy()
+
+# %% ../nbs/03_cluster.ipynb #03000025
+def function_key(
+    function: Callable, # Of a module, or a `functools.partial` of one
+) -> list | None: # Its name, the version of its code, its arguments; None if these cannot be written down
+    "Name what a function does."
+    inner, given = function, []
+    if isinstance(function, functools.partial): inner, given = function.func, [*function.args, *sorted(function.keywords.items())]
+    if getattr(inner, '__module__', '__main__') == '__main__': return None # A notebook's own code has no version
+    try: return [f'{inner.__module__}.{inner.__qualname__}', _code_of(inner.__module__), [_argument(one) for one in given]]
+    except TypeError: return None
+
+def _argument(value):
+    if type(value) is tuple: return [_argument(item) for item in value]
+    key = function_key(value) if callable(value) else packed(value)
+    if key is None and value is not None: raise TypeError(f'{value} has no version')
+    return key
+
+_code_of = functools.cache(code_version)
 
 def make_shard(
-    work: tuple[int, object], # Number of the shard, and what goes in: anything JSON can hold
-    function: Callable, # Gives lists of rows by name
-    schemas: dict, # Name to `pyarrow.Schema`, for every list that the function gives
-    store: Store,
-    key: str, # Of code and settings
-) -> dict: # The manifest: key, counts and hashes by name
+    shard: list, # What goes in
+    function: Callable, # Gives a list as long
+    store: Store | None, # Where results are kept
+    key: list | None, # From `function_key`
+) -> list: # What comes out
     "Make a shard, unless it is finished."
-    number, shard = work
-    name, key = f'shards/{number:05d}.json', content_hash([key, shard])
-    done = store.read(name)
-    if done and json.loads(done)['key'] == key: return {**json.loads(done), 'made': False}
+    name = shard_name(shard, key) if store else None
+    done = read_shard(store.read(name)) if name else None
+    if done is not None: return done
     made = function(shard)
-    files = {label: parquet_bytes(made.get(label, []), schema) for label, schema in schemas.items()}
-    for label, data in files.items(): store.write(f'{label}/part-{number:05d}.parquet', data)
-    manifest = {'key': key, 'counts': {label: len(made.get(label, [])) for label in schemas},
-                'hashes': {label: hashlib.sha256(data).hexdigest()[:16] for label, data in files.items()}}
-    store.write(name, json.dumps(manifest, sort_keys=True).encode())
-    return {**manifest, 'made': True}
+    if len(made) != len(shard): raise ValueError(f'{len(made)} results for {len(shard)} items')
+    try: text = json.dumps(packed(made)) if name else ''
+    except TypeError: text = ''
+    if text: store.write(name, gzip.compress(f'{content_hash(text, 64)}\n{text}'.encode(), 1, mtime=0))
+    return made
 
-def map_to_store(
-    function: Callable, # From what goes into a shard to lists of rows by name
-    shards: Iterable, # What goes into each
-    schemas: dict, # Name to `pyarrow.Schema`
+def shard_name(shard: list, key: list | None) -> str | None:
+    "Name a shard by what decides its result."
+    try: return key and f'shards/{key[0]}/{content_hash([key, packed(shard)], 32)}.json.gz'
+    except TypeError: return None
+
+def read_shard(data: bytes | None) -> list | None: # None if it is not there or damaged
+    "Read the result of a shard."
+    try: known, _, text = gzip.decompress(data or b'').decode().partition('\n')
+    except (OSError, EOFError, ValueError): return None # gzip's and UTF-8's errors
+    return unpacked(json.loads(text)) if known and known == content_hash(text, 64) else None
+
+# %% ../nbs/03_cluster.ipynb #03000026
+def shard_table(
     store: Store,
-    engine: LocalEngine | RayEngine,
-    key: str, # Names the code and the settings of `function`
-    attempts: int = 3, # How often to try a shard in all
-) -> Iterator[dict | Failed]: # Each shard's manifest, in order
-    "Work through shards that are not finished yet."
-    work = functools.partial(make_shard, function=function, schemas=schemas, store=store, key=key)
-    return engine.map(work, enumerate(shards), attempts)
+) -> list[dict]: # A row for each function: its name, shards, bytes
+    "Say which shards are finished."
+    table = {}
+    for name, size in store.names('shards').items():
+        row = table.setdefault(name.split('/')[1], {'shards': 0, 'bytes': 0})
+        row['shards'], row['bytes'] = row['shards'] + 1, row['bytes'] + size
+    return [{'function': name, **row} for name, row in table.items()]
 
-# %% ../nbs/03_cluster.ipynb #03000024
+# %% ../nbs/03_cluster.ipynb #03000029
 def open_office(): # An actor handle
     "Find the cluster's office, or found it."
     import ray
@@ -411,7 +501,7 @@ def share_limits(settings: ModelSettings, call: Callable):
     pace, shared = shared_pace(*service), SharedPace(service, call)
     if pace.limited: pace.reserve, pace.charge = shared.reserve, shared.charge
 
-# %% ../nbs/03_cluster.ipynb #03000025
+# %% ../nbs/03_cluster.ipynb #03000030
 def ask_in_shards(
     requests: Iterable[Request], # Any number; drawn as they are needed
     settings: ModelSettings, # Who is asked
@@ -428,17 +518,12 @@ def ask_in_shards(
     label: str = '', # Of the bar
 ) -> Budget: # What was spent
     "Answer requests on all workers; the same replies as `ask_each` gives here."
-    call, budget, failed, sizes = caller(open_office()), Budget(settings), [], deque()
+    call, budget, failed = caller(open_office()), Budget(settings), []
     name, workers = f'{run}/{stage}/{os.urandom(6).hex()}', min(engine.workers, settings.concurrency)
     share = replace(settings, concurrency=max(1, settings.concurrency // workers))
     asking = Asking(share, str(Path(ledger).resolve()), name, stage, run, patience)
-    def shards():
-        for work in enumerate(batched(requests, shard_size)):
-            sizes.append(work[1])
-            yield work
     with progress(total=total, label=label or settings.name, unit='call') as bar:
-        for number, replies in enumerate(engine.map(asking, shards(), most=workers)):
-            shard = sizes.popleft()
+        for (number, shard), replies in beside_shards(engine, asking, enumerate(batched(requests, shard_size)), most=workers):
             if isinstance(replies, Failed):
                 failed.append(replies.reason)
                 replies = [lost(request, settings, replies.reason) for request in shard]
@@ -453,8 +538,8 @@ def lost(request: Request, settings: ModelSettings, reason: str) -> Reply:
     "Make the reply of a request whose shard failed."
     return Reply(call_key(request, settings), '', 'error', error=f'shard failed: {reason}')
 
-# %% ../nbs/03_cluster.ipynb #03000027
-ENGINE = {'name': 'local', 'address': '', 'workers': 0, 'shard_size': 1000, 'failed_shards': 'stop'}
+# %% ../nbs/03_cluster.ipynb #03000032
+ENGINE = {'name': 'local', 'address': '', 'workers': 0, 'shard_size': 1000, 'failed_shards': 'stop', 'store': ''}
 
 def read_engine(
     value: str | dict | None, # As in a recipe: 'local', 'ray', or a mapping with some keys of `ENGINE`
@@ -467,7 +552,7 @@ def read_engine(
     good = {'name': engine['name'] in ('local', 'ray'), 'address': isinstance(engine['address'], str),
             'workers': type(engine['workers']) is int and engine['workers'] >= 0,
             'shard_size': type(engine['shard_size']) is int and engine['shard_size'] >= 1,
-            'failed_shards': engine['failed_shards'] in ('stop', 'drop')}
+            'failed_shards': engine['failed_shards'] in ('stop', 'drop'), 'store': isinstance(engine['store'], str)}
     for key, fits in good.items():
         if not fits: raise UserError(f'engine: {key} cannot be {engine[key]!r}')
     return engine
@@ -489,26 +574,35 @@ def connect(address: str):
 def cluster_of(
     engine: dict, # From `read_engine`
 ):
-    "Have the stages of a run ask through a cluster, and end what was started for them."
-    if engine['name'] == 'local':
-        yield
-        return
-    import ray
-    if engine['address']: connect(engine['address'])
-    else:
-        ray.init('local', num_cpus=engine['workers'] or None, include_dashboard=False, object_store_memory=200 * 2**20,
-                 logging_level='ERROR', log_to_driver=False)
-    address = ray.get_runtime_context().gcs_address
-    os.environ['KYARA_ENGINE'] = json.dumps({**engine, 'address': address})
+    "Have the stages of a run work on a cluster and keep what is finished, and end what was started for them."
+    if engine['store']: engine = {**engine, 'store': absolute(engine['store'])}
+    on_ray = engine['name'] == 'ray'
+    if on_ray: engine = {**engine, 'address': start_cluster(engine)}
+    os.environ['KYARA_ENGINE'] = json.dumps(engine)
     try: yield
     finally:
         del os.environ['KYARA_ENGINE']
-        ray.shutdown()
+        if on_ray: sys.modules['ray'].shutdown()
 
-# %% ../nbs/03_cluster.ipynb #03000028
+def absolute(url: str) -> str:
+    "Say where a place is, for processes that work in other folders; refuse what cannot be reached."
+    url = url if '://' in url else str(Path(url).resolve())
+    reach(url)
+    return url
+
+def start_cluster(engine: dict) -> str: # Its address
+    "Join the cluster of an engine, or start one of this machine."
+    if engine['address']: connect(engine['address'])
+    import ray
+    if not engine['address']:
+        ray.init('local', num_cpus=engine['workers'] or None, include_dashboard=False, object_store_memory=200 * 2**20,
+                 logging_level='ERROR', log_to_driver=False)
+    return ray.get_runtime_context().gcs_address
+
+# %% ../nbs/03_cluster.ipynb #03000033
 def joined() -> dict: # As `read_engine` gives it, with the cluster's address
     "Say which engine the run of this process was started with."
-    return json.loads(os.environ.get('KYARA_ENGINE') or 'null') or read_engine(None)
+    return {**ENGINE, **json.loads(os.environ.get('KYARA_ENGINE') or '{}')}
 
 def join():
     "Have the clients of this process ask through the cluster that its run was started with."
@@ -543,19 +637,31 @@ def left(limit: float | None, spent: float) -> float | None:
     "Give what is left of a limit."
     return limit if limit is None else max(limit - spent, 0)
 
-# %% ../nbs/03_cluster.ipynb #03000032
+# %% ../nbs/03_cluster.ipynb #03000037
 def over_shards(
     function: Callable, # From a list of items to a list as long; of a module, or a `functools.partial` of one
     items: Iterable, # Drawn as they are needed
     *,
     size: int = 256, # Items in a shard
+    failed: Callable | None = None, # From an item and a reason to what stands for it if failed_shards is drop
 ) -> Iterator: # One result for each item, in order
     "Work on shards of items, on all workers of the cluster that this process belongs to, else here."
-    engine, shards = joined(), batched(items, size)
-    if engine['name'] == 'local': results = map(function, shards)
-    else:
-        connect(engine['address'])
-        results = RayEngine(engine['workers']).map(function, shards)
-    for number, result in enumerate(results):
-        if isinstance(result, Failed): raise UserError(f'shard {number} failed for good: {result.reason}')
-        yield from result
+    settings = joined()
+    spare, store = bool(failed) and settings['failed_shards'] == 'drop', settings['store'] and Store(settings['store'])
+    key = function_key(function) if store else None
+    work, lost = functools.partial(make_shard, function=function, store=store or None, key=key), []
+    many, label = len(items) if hasattr(items, '__len__') else None, getattr(function, 'func', function).__name__
+    with progress(total=many, label=label, unit='row') as bar:
+        for shard, result in beside_shards(_crew(settings, spare), work, batched(items, size)):
+            bar.update(len(shard))
+            if isinstance(result, Failed):
+                lost.append(result.reason)
+                result = [failed(item, result.reason) for item in shard] if spare else []
+                if not spare and not store: break # Else the others are finished first, and kept
+            if spare or not lost: yield from result
+    if lost and not spare: raise UserError(f'{len(lost)} shards failed for good ({lost[0]}); mend the cause and run again')
+
+def _crew(settings, spare):
+    if settings['name'] == 'local': return LocalEngine(spare)
+    connect(settings['address'])
+    return RayEngine(settings['workers'])

@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['UNIT', 'ASKING', 'FUNCTION_WORDS', 'LABELS', 'LABEL_ENDS', 'QUESTION_COLUMNS', 'ITEM_COLUMNS', 'units', 'unit_arrays',
-           'gram_arrays', 'source_name', 'item_text', 'Item', 'pairs_needed', 'numbers_of', 'ItemIndex', 'GramTable',
-           'read_items', 'drop_contaminated', 'configured_embedding', 'unit_vectors', 'MeaningIndex']
+           'gram_arrays', 'source_name', 'item_text', 'Item', 'pairs_needed', 'numbers_of', 'count_numbers', 'Passage',
+           'GramTable', 'once', 'ItemIndex', 'with_results', 'read_items', 'drop_contaminated', 'items_in',
+           'configured_embedding', 'unit_vectors', 'MeaningIndex']
 
 # %% ../nbs/12_contamination.ipynb #12000002
-import functools, re
+import functools, itertools, re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from .cluster import over_shards
 from .collection import open_embedder
 from .core import UserError, batched, drop, read_rows, resolve_path, service_settings
+from .near import distinct
 from .terms import CHINESE, LETTER, find_words, fold_texts, word_number
 from .zh import fold_script
 
@@ -36,10 +39,11 @@ def units(
     return UNIT.findall(re.sub(r'(?<=\d),(?=\d{3})', '', fold_script(text)))
 
 def unit_arrays(
-    texts: list[str], # At least one
+    codes: np.ndarray, # As `fold_texts` gives them
+    kinds: np.ndarray, # Likewise
+    starts: np.ndarray, # Likewise
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # Number of each unit, of the line or option, and of the text that it stands in
     "Cut many texts into units."
-    codes, kinds, starts = fold_texts(texts)
     words, chinese = find_words(codes, kinds), np.flatnonzero(kinds == CHINESE)
     places = np.r_[chinese, np.array([place for place, _ in words], int)]
     numbers = np.r_[codes[chinese].astype(np.uint64), np.array([word_number(word) for _, word in words], np.uint64)]
@@ -49,7 +53,7 @@ def unit_arrays(
     order = np.argsort(places)
     order = order[~labels[places[order]]]
     places = places[order]
-    return numbers[order], lines[places], np.searchsorted(starts, places, 'right') - 1
+    return numbers[order], lines[places], np.repeat(np.arange(len(starts)), np.diff(starts, append=len(codes)))[places]
 
 def gram_arrays(
     numbers: np.ndarray, # As `unit_arrays` gives them
@@ -114,97 +118,57 @@ def pairs_needed(
 
 def numbers_of(text: str) -> Counter:
     "Count the numbers of a text."
-    return _count_numbers(fold_script(text))
+    return count_numbers(fold_script(text))
 
-def _count_numbers(folded):
+def count_numbers(folded: str) -> Counter:
+    "Count the numbers of a folded text."
     return Counter(re.findall(r'\d+(?:\.\d+)?', re.sub(r'(?<=\d),(?=\d{3})', '', folded)))
 
-class ItemIndex:
-    "Evaluation items by the n-grams of their units."
-    def __init__(self, items: Iterable[tuple[str, str]]): # Name and text of each item
-        self.items, self.too_short, found = [], [], {3: ([], []), 5: ([], [])}
-        for batch in batched(items, 1000): self._add(batch, found)
-        self.pointers = {ngram: GramTable(*columns) for ngram, columns in found.items() if columns[0]}
+# %% ../nbs/12_contamination.ipynb #12000012
+class Passage:
+    "A text that is looked at closely; what is costly is found out when an item asks for it."
+    def __init__(self,
+        codes: np.ndarray, # Folded
+        numbers: np.ndarray, # Of its units
+        pairs: np.ndarray, # Hashes of its pairs of units
+        places: np.ndarray, # Which unit each begins with
+    ):
+        self._codes, self._numbers, self._pairs, self._places = codes, numbers, pairs, places
 
-    def _add(self, batch, found):
-        numbers, lines, rows = unit_arrays([text for _, text in batch])
-        bounds = np.searchsorted(rows, np.arange(len(batch) + 1))
-        for (name, text), first, last in zip(batch, bounds, bounds[1:]):
-            part = numbers[first:last], lines[first:last]
-            grams = {ngram: set(gram_arrays(*part, ngram)[0].tolist()) for ngram in (2, 3, 5)}
-            if len(grams[3]) < 2:
-                self.too_short.append(name)
-                continue
-            hashes, members = found[5 if len(grams[5]) > 5 else 3]
-            hashes.append(np.array(sorted(grams[5 if len(grams[5]) > 5 else 3]), np.uint64))
-            members.append(len(self.items))
-            asks = bool(ASKING.search(fold_script(text)))
-            words = _words(part[0].tolist()) if asks or text.rstrip().endswith('?') else frozenset()
-            self.items.append(Item(name, frozenset(grams[2]), int(last - first), numbers_of(text), asks, words,
-                                   pairs_needed(len(grams[2]), bool(words))))
+    @functools.cached_property
+    def folded(self) -> str: return self._codes.tobytes().decode('utf-16-le')
+    @functools.cached_property
+    def asks(self) -> bool: return bool(ASKING.search(self.folded))
+    @functools.cached_property
+    def numbers(self) -> Counter: return count_numbers(self.folded)
+    @functools.cached_property
+    def units(self) -> set[int]: return set(self._numbers.tolist())
+    @functools.cached_property
+    def hits(self) -> list[tuple[int, int]]: return list(zip(self._pairs.tolist(), self._places.tolist(), strict=True))
+    @functools.cached_property
+    def spots(self) -> dict[int, int]: return dict(self.hits) # Where each pair stands last
 
-    def find(self, text: str) -> str: # Name of the item, '' if there is none
-        "Find an item inside a text."
-        return self.find_all([text])[0]
+    def holds(self, item: Item) -> bool:
+        "Tell whether it has most of an item within a stretch hardly longer than the item, its words and all its numbers."
+        if item.asks and not self.asks: return False
+        if item.words and len(item.words - self.units) > len(item.words) // 5: return False
+        common = self.spots.keys() & item.pairs
+        if len(common) < item.needed or item.numbers and item.numbers - self.numbers: return False
+        stretch, last = 1.3 * item.length + 4, [self.spots[pair] for pair in common]
+        return max(last) - min(last) <= stretch or self._stand_together(common, item.needed, stretch)
 
-    def find_all(self, texts: list[str]) -> list[str]: # Name of the item in each, '' if there is none
-        "Find items inside texts, many at once."
-        if not texts or not self.items: return [''] * len(texts)
-        numbers, lines, rows = unit_arrays(texts)
-        pointed = [table.candidates(*gram_arrays(numbers, lines, ngram), rows) for ngram, table in self.pointers.items()]
-        pairs, places = gram_arrays(numbers, lines, 2)
-        found = [''] * len(texts)
-        bounds, firsts = (np.searchsorted(owners, np.arange(len(texts) + 1)) for owners in (rows[places], rows))
-        for row, members in _grouped(np.concatenate(pointed)):
-            part = slice(bounds[row], bounds[row + 1])
-            said = set(numbers[firsts[row]:firsts[row + 1]].tolist())
-            items = [item for item in map(self.items.__getitem__, members)
-                     if not item.words or len(item.words - said) <= len(item.words) // 5]
-            found[row] = self._look(texts[row], pairs[part].tolist(), places[part].tolist(), items)
-        return found
+    def _stand_together(self, common, needed, stretch):
+        hits, inside, first = [(pair, place) for pair, place in self.hits if pair in common], Counter(), 0
+        for pair, place in hits:
+            inside[pair] += 1
+            while place - hits[first][1] > stretch:
+                inside[hits[first][0]] -= 1
+                if not inside[hits[first][0]]: del inside[hits[first][0]]
+                first += 1
+            if len(inside) >= needed: return True
+        return False
 
-    def _look(self, text, pairs, places, items):
-        some = set(pairs)
-        items = [item for item in items if len(item.pairs & some) >= item.needed]
-        if not items: return ''
-        folded = fold_script(text)
-        asks, has = bool(ASKING.search(folded)), _count_numbers(folded)
-        items = [item for item in items if (asks or not item.asks) and not (item.numbers and item.numbers - has)]
-        where, wanted = defaultdict(list), frozenset().union(*(item.pairs for item in items))
-        for place, pair in zip(places, pairs, strict=True):
-            if pair in wanted: where[pair].append(place)
-        return next((item.name for item in sorted(items, key=lambda item: item.name) if _stand_together(item, where)), '')
-
-def _words(numbers):
-    "Choose the words of a short English question that carry its meaning."
-    words = frozenset(number for number in numbers if number >= 0xD800_0000)
-    return words - _function_words() if len(words) > 0.7 * len(set(numbers)) and len(numbers) < 30 else frozenset()
-
-@functools.cache
-def _function_words():
-    return frozenset(map(word_number, FUNCTION_WORDS))
-
-def _grouped(keys):
-    "Split 64 bits into rows and the members that belong to each."
-    groups = defaultdict(list)
-    for key in keys.tolist(): groups[key >> 32].append(key & 0xFFFF_FFFF)
-    return groups.items()
-
-def _stand_together(item, where):
-    "Find enough different pairs of an item within a stretch hardly longer than the item."
-    hits = sorted((place, pair) for pair in item.pairs & where.keys() for place in where[pair])
-    stretch, inside, first = 1.3 * item.length + 4, Counter(), 0
-    if hits[-1][0] - hits[0][0] <= stretch: return True
-    for place, pair in hits:
-        inside[pair] += 1
-        while place - hits[first][0] > stretch:
-            inside[hits[first][1]] -= 1
-            if not inside[hits[first][1]]: del inside[hits[first][1]]
-            first += 1
-        if len(inside) >= item.needed: return True
-    return False
-
-# %% ../nbs/12_contamination.ipynb #12000013
+# %% ../nbs/12_contamination.ipynb #12000014
 class GramTable:
     "Which items have an n-gram."
     def __init__(self,
@@ -230,9 +194,10 @@ class GramTable:
     ) -> np.ndarray: # Text in the upper, item in the lower half of 64 bits
         "Find the items that texts point to."
         maybe = np.flatnonzero(self.marks[hashes >> self.shift])
+        maybe = maybe[np.argsort(hashes[maybe])] # What is looked up in order is found in a third of the time
         near = np.minimum(np.searchsorted(self.grams, hashes[maybe]), len(self.grams) - 1)
         sure = self.grams[near] == hashes[maybe]
-        both = np.unique(rows[places[maybe[sure]]] << 32 | near[sure])
+        both = distinct(rows[places[maybe[sure]]] << 32 | near[sure])
         texts, grams = both >> 32, both & 0xFFFF_FFFF
         sizes = self.counts[grams]
         within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -241,6 +206,87 @@ class GramTable:
         return keys[shared >= self.needed[keys & 0xFFFF_FFFF]]
 
 # %% ../nbs/12_contamination.ipynb #12000015
+@functools.lru_cache(maxsize=4)
+def once(
+    kind: type, # Of an index
+    *arguments, # That can be hashed
+): # The index
+    "Make an index once in a process."
+    return kind(*arguments)
+
+class ItemIndex:
+    "Evaluation items by the n-grams of their units."
+    def __init__(self, items: Iterable[tuple[str, str]]): # Name and text of each item
+        self.read, self.items, self.too_short, found = tuple(sorted(items)), [], [], {3: ([], []), 5: ([], [])}
+        for batch in batched(self.read, 1000): self._add(batch, found)
+        self.pointers = {ngram: GramTable(*columns) for ngram, columns in found.items() if columns[0]}
+
+    def __reduce__(self): return once, (ItemIndex, self.read) # Workers get the items and make their own index
+
+    def _add(self, batch, found):
+        numbers, lines, rows = unit_arrays(*fold_texts([text for _, text in batch]))
+        bounds = np.searchsorted(rows, np.arange(len(batch) + 1))
+        for (name, text), first, last in zip(batch, bounds, bounds[1:]):
+            part = numbers[first:last], lines[first:last]
+            grams = {ngram: set(gram_arrays(*part, ngram)[0].tolist()) for ngram in (2, 3, 5)}
+            if len(grams[3]) < 2:
+                self.too_short.append(name)
+                continue
+            hashes, members = found[5 if len(grams[5]) > 5 else 3]
+            hashes.append(np.array(sorted(grams[5 if len(grams[5]) > 5 else 3]), np.uint64))
+            members.append(len(self.items))
+            folded = fold_script(text)
+            asks = bool(ASKING.search(folded))
+            words = _words(part[0].tolist()) if asks or text.rstrip().endswith('?') else frozenset()
+            self.items.append(Item(name, frozenset(grams[2]), int(last - first), count_numbers(folded), asks, words,
+                                   pairs_needed(len(grams[2]), bool(words))))
+
+    def find(self, text: str) -> str: # Name of the item, '' if there is none
+        "Find an item inside a text."
+        return self.find_all([text])[0]
+
+    def find_all(self, texts: list[str]) -> list[str]: # Name of the item in each, the first of several; '' if there is none
+        "Find items inside texts, many at once."
+        found = [''] * len(texts)
+        if not texts or not self.items: return found
+        codes, kinds, starts = fold_texts(texts)
+        numbers, lines, rows = unit_arrays(codes, kinds, starts)
+        pairs, places = gram_arrays(numbers, lines, 2)
+        every = np.arange(len(texts) + 1)
+        letters, firsts, bounds = (np.append(starts, len(codes)), *(np.searchsorted(owners, every) for owners in (rows, rows[places])))
+        pointed = [table.candidates(*gram_arrays(numbers, lines, ngram), rows) for ngram, table in self.pointers.items()]
+        for row, members in _grouped(np.sort(np.concatenate(pointed))):
+            grams = slice(bounds[row], bounds[row + 1])
+            passage = Passage(codes[letters[row]:letters[row + 1]], numbers[firsts[row]:firsts[row + 1]], pairs[grams], places[grams])
+            found[row] = next((self.items[member].name for member in members if passage.holds(self.items[member])), '')
+        return found
+
+def _words(numbers):
+    "Choose the words of a short English question that carry its meaning."
+    words = frozenset(number for number in numbers if number >= 0xD800_0000)
+    return words - _function_words() if len(words) > 0.7 * len(set(numbers)) and len(numbers) < 30 else frozenset()
+
+@functools.cache
+def _function_words():
+    return frozenset(map(word_number, FUNCTION_WORDS))
+
+def _grouped(keys):
+    "Split 64 bits into rows and the members that belong to each."
+    groups = defaultdict(list)
+    for key in keys.tolist(): groups[key >> 32].append(key & 0xFFFF_FFFF)
+    return groups.items()
+
+# %% ../nbs/12_contamination.ipynb #12000018
+def with_results(
+    function: Callable, # From a list of rows to a list as long; of a module, or a `functools.partial` of one
+    rows: Iterable[dict], # Some with a `drop_reason`
+) -> Iterator[tuple[dict, object]]: # All rows in order, with what the function gives for each that is not dropped, else None
+    "Work on the rows that are still in."
+    ahead, rows = itertools.tee(rows)
+    results = over_shards(function, (row for row in ahead if 'drop_reason' not in row))
+    for row in rows: yield row, None if 'drop_reason' in row else next(results)
+
+# %% ../nbs/12_contamination.ipynb #12000020
 def read_items(
     held_out: list[str], # Stage folders (their `held_out`), artifact folders or row files
 ) -> Iterator[tuple[str, str]]: # Name and text of each item
@@ -258,14 +304,20 @@ def drop_contaminated(
     index: ItemIndex, # Evaluation items; a `MeaningIndex` finds them in other words
 ) -> Iterator[dict]: # All of them; those that contain an item carry `contaminated` and the item's name
     "Find rows that give an evaluation item away."
-    for batch in batched(rows, 250):
-        turns = [(number, turn['content']) for number, row in enumerate(batch) if 'drop_reason' not in row for turn in row['messages']]
-        names, found = index.find_all([text for _, text in turns]), {}
-        for (number, _), name in zip(turns, names, strict=True):
-            if name: found.setdefault(number, name)
-        for number, row in enumerate(batch): yield drop(row, 'contaminated', found[number]) if number in found else row
+    for row, name in with_results(functools.partial(items_in, index), rows):
+        yield drop(row, 'contaminated', name) if name else row
 
-# %% ../nbs/12_contamination.ipynb #12000018
+def items_in(
+    index: ItemIndex, # Or a `MeaningIndex`
+    rows: list[dict], # Dialogues
+) -> list[str]: # Name of the item in each, '' if there is none
+    "Look for items in all turns."
+    turns = [(number, turn['content']) for number, row in enumerate(rows) for turn in row['messages']]
+    found = [''] * len(rows)
+    for (number, _), name in zip(turns, index.find_all([text for _, text in turns]), strict=True): found[number] = found[number] or name
+    return found
+
+# %% ../nbs/12_contamination.ipynb #12000023
 def configured_embedding() -> str: # Model, '' if there is none
     "Read which embedding model settings.ini names."
     return service_settings('embedding').get('model', '')
@@ -285,9 +337,12 @@ class MeaningIndex:
         embedding: str, # As `open_embedder` knows it
         least: float = 0.95, # Cosine from which on a turn says the same as an item
     ):
-        self.embedder, self.least, pairs = open_embedder(embedding), least, list(items)
+        self.embedder, self.least, pairs = open_embedder(embedding), least, tuple(items)
+        self.arguments = MeaningIndex, pairs, embedding, least
         self.names, self.numbers = [name for name, _ in pairs], [numbers_of(text) for _, text in pairs]
         self.vectors = np.concatenate([unit_vectors(self.embedder, [text for _, text in batch]) for batch in batched(pairs, 250)]) if pairs else None
+
+    def __reduce__(self): return once, self.arguments
 
     def find_all(self, texts: list[str]) -> list[str]: # Name and cosine of the nearest item to each, '' if none is near
         "Find items in other words."

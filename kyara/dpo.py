@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pair_problem', 'measured_pairs', 'fit_pairs', 'pair_lengths', 'write_pairs', 'count_pair', 'dpo_arguments',
-           'train_dpo', 'pairs_dataset', 'train_job', 'launch_dpo', 'plot_rewards']
+           'train_dpo', 'pairs_dataset', 'launch_dpo', 'plot_rewards']
 
 # %% ../nbs/17_dpo.ipynb #17000002
 import json, os, shutil
@@ -14,11 +14,11 @@ from pathlib import Path
 from unittest.mock import patch
 
 from .change import answer_log_probabilities, answer_prompts, implicit_rewards, length_growth, plot_change, reward_accuracy
-from .chat import first_line, load_tokenizer, row_problem
+from .chat import load_tokenizer, row_problem
 from .core import Spool, UserError, chinese_pyplot, drop
-from .model import load_model, lora_config, made_from, master_dtype, model_card, model_identity, quiet_libraries, safe_dtype, save_model
-from .optimise import check_arguments, device_arguments, launch_job, measured_arguments, run_trainer, save_trained
-from .sft import count_meta, rows_identity
+from .model import load_model, lora_config, made_from, master_dtype, model_card, quiet_libraries
+from .optimise import check_arguments, check_training, complete_training, device_arguments, launch_job, measured_arguments
+from .sft import count_meta
 
 # %% ../nbs/17_dpo.ipynb #17000004
 def pair_problem(
@@ -130,10 +130,8 @@ def train_dpo(
     **arguments, # DPOConfig's own names
 ) -> dict: # Losses and margins by step, as in `log.json`
     "Train `model` to prefer the chosen answers, with itself as it was for the reference."
-    from transformers import EarlyStoppingCallback
     from trl import DPOTrainer
-    if not len(rows): raise UserError('no pair can be trained on; look at `dropped` for the reasons, and at sources and max_length')
-    if quantization and not peft: raise UserError('quantization without peft trains nothing; set peft, e.g. {r: 16, target_modules: all-linear}')
+    check_training(rows, peft, quantization)
     quiet_libraries()
     arguments = measured_arguments(arguments, len(eval_rows) > 0, early_stopping_patience)
     tokenizer, args = load_tokenizer(model), dpo_arguments(out_dir, max_length, **arguments)
@@ -144,13 +142,8 @@ def train_dpo(
     with patch.dict(os.environ, TQDM_DISABLE='1'):
         trainer = made_from(DPOTrainer, dict(models, args=args, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer,
                                              peft_config=lora_config(peft)))
-    if early_stopping_patience: trainer.add_callback(EarlyStoppingCallback(early_stopping_patience))
-    identity = {'rows': rows_identity(rows), 'model': model_identity(model), 'peft': peft, 'quantization': quantization, 'arguments': arguments,
-                'patience': early_stopping_patience, 'attention': attn_implementation, 'length': max_length}
-    log = run_trainer(trainer, out_dir, identity)
-    save_trained(trainer, tokenizer, out_dir, model, peft)
-    shutil.rmtree(Path(out_dir) / 'rows', ignore_errors=True)
-    return log
+    return complete_training(trainer, rows, model, out_dir, peft, early_stopping_patience, quantization=quantization, arguments=arguments,
+                             attention=attn_implementation, length=max_length)
 
 def pairs_dataset(
     rows, # Preference rows, or what `write_pairs` made of them
@@ -161,15 +154,6 @@ def pairs_dataset(
     return Dataset.from_list([{name: row[name] for name in ('id', 'prompt', 'chosen', 'rejected')} for row in rows]) if rows else None
 
 # %% ../nbs/17_dpo.ipynb #17000015
-def train_job(
-    path: str | Path, # A JSON file: the arguments of `train_dpo`, rows as folders of `Dataset.save_to_disk`
-):
-    "Train what a job file describes; `accelerate launch` calls this in every process."
-    from datasets import load_from_disk
-    job = json.loads(Path(path).read_text(encoding='utf-8'))
-    load = lambda folder: load_from_disk(folder) if folder else []
-    train_dpo(load(job.pop('rows')), load(job.pop('eval_rows')), **job)
-
 def launch_dpo(
     rows, # What `write_pairs` made of preference rows
     eval_rows: list[dict], # Held-out pairs; may be empty
@@ -179,10 +163,7 @@ def launch_dpo(
 ) -> dict: # Losses and margins by step
     "Train here, or in several processes."
     if not accelerate_config: return train_dpo(rows, eval_rows, out_dir=out_dir, **job)
-    folders = {name: str(Path(out_dir) / 'rows' / f'{name}_saved') if len(part) else '' for name, part in (('rows', rows), ('eval_rows', eval_rows))}
-    rows.save_to_disk(folders['rows'])
-    if len(eval_rows): pairs_dataset(eval_rows).save_to_disk(folders['eval_rows'])
-    return launch_job('kyara.dpo', {**folders, **job, 'out_dir': str(out_dir)}, out_dir, accelerate_config)
+    return launch_job('kyara.dpo.train_dpo', rows, pairs_dataset(eval_rows), out_dir, accelerate_config, **job)
 
 # %% ../nbs/17_dpo.ipynb #17000016
 def plot_rewards(

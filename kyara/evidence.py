@@ -7,10 +7,10 @@ __all__ = ['SOLVE_PROBLEM', 'WRITE_PROGRAM', 'FLOAT', 'NUMBER', 'CALCULATION', '
            'ROUTES', 'asked', 'solve_problems', 'majority', 'asks_to_convert', 'read_program', 'calculate_by_program',
            'same_as_printed', 'round_floats', 'plain_equations', 'wrong_equations', 'equation_holds', 'Verdict',
            'criticise', 'collect_evidence', 'verify', 'said', 'with_last_line', 'math_row', 'accept_solutions',
-           'check_routes', 'choose_solution', 'outcome_pairs', 'compare_routes']
+           'weigh_problems', 'check_routes', 'choose_solution', 'wrong_solutions', 'outcome_pair', 'compare_routes']
 
 # %% ../nbs/12_evidence.ipynb #12000002
-import json, re, unicodedata
+import functools, json, re, unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from decimal import ROUND_HALF_UP, Decimal
@@ -18,6 +18,7 @@ from itertools import combinations
 from typing import ClassVar
 
 from .answers import SIGNS, expression_values, final_answer, same_answer
+from .cluster import over_shards
 from .confine import Outcome, run_programs
 from .core import UserError, content_hash, details, dialogue, drop, pack_meta, parse_object
 from .drafts import Form, ask_form, fill, prompt_version, reply_problem, without_thoughts
@@ -247,9 +248,8 @@ ROUTES = ('majority', 'program', 'equations', 'critic')
 def collect_evidence(
     problem: dict, # With `solutions`, and `program` if one was asked for
     chosen: str | None, # The solution to keep
-    verdict, # The critic's `Parsed`, None if nobody was asked
     min_agreement: float, # Least share of samples behind the answer
-) -> dict: # What each route says; a route that was not asked is left out
+) -> dict: # What each route says; a route that was not asked is left out, and so is the critic
     "Put together what the routes say about a problem."
     answers, convert = [solution['answer'] for solution in problem['solutions']], asks_to_convert(problem['problem'])
     answer, share, _ = majority(answers, convert)
@@ -261,7 +261,6 @@ def collect_evidence(
     if chosen:
         wrong, checked = wrong_equations(chosen)
         found |= {'equations': not wrong, 'equations_checked': checked, 'equations_wrong': wrong}
-    if verdict: found['critic'] = bool(verdict.value and verdict.value.correct)
     return found
 
 def verify(
@@ -270,6 +269,7 @@ def verify(
     verdict, # The critic's `Parsed`, None if nobody was asked
 ) -> tuple[str, str]: # Drop reason ('' to keep), evidence
     "Decide whether an answer counts."
+    if 'failed' in found: return 'shard_failed', found['failed']
     if not any(found['answers']): return 'no_answer', ''
     if found['answer'] is None or 'majority' in routes and not found['majority']:
         return 'no_majority', json.dumps(found['answers'], ensure_ascii=False)
@@ -321,22 +321,36 @@ def accept_solutions(
 ) -> tuple[list[dict], list[dict], list[dict]]: # Rows; preference rows; dropped rows
     "Keep what the routes agree on; pair it with solutions that got something else."
     check_routes(routes)
-    chosen = [choose_solution(problem) for problem in problems]
-    doubted = [number for number, solution in enumerate(chosen) if solution and critic]
-    questions = [(problems[number]['problem'], chosen[number]) for number in doubted]
+    weigh = functools.partial(weigh_problems, min_agreement=min_agreement, max_pairs=max_pairs)
+    weighed = list(over_shards(weigh, problems, size=64, failed=lambda problem, reason: (None, {'failed': reason}, [])))
+    doubted = [number for number, (solution, *_) in enumerate(weighed) if solution and critic]
+    questions = [(problems[number]['problem'], weighed[number][0]) for number in doubted]
     verdicts = dict(zip(doubted, criticise(questions, critic) if doubted else []))
     kept, pairs, dropped = [], [], []
-    for number, problem in enumerate(problems):
+    for number, (problem, (chosen, found, wrong)) in enumerate(zip(problems, weighed)):
         verdict = verdicts.get(number)
-        found = collect_evidence(problem, chosen[number], verdict, min_agreement)
+        if verdict: found['critic'] = bool(verdict.value and verdict.value.correct)
         reason, evidence = verify(found, routes, verdict)
         problem = asked(problem, SOLVE_PROBLEM, [one['call_id'] for one in problem['solutions']])
         if verdict: problem = asked(problem, CHECK_SOLUTION, verdict.call_ids)
-        row = math_row(problem, problem['problem'], chosen[number], agreement=found)
+        row = math_row(problem, problem['problem'], chosen, agreement=found)
         if reason: dropped.append(drop(row, reason, evidence or problem['solutions'][0]['text']))
         else: kept.append(row)
-        pairs += [] if reason else outcome_pairs(row, problem, found['answer'], max_pairs)
+        pairs += [] if reason else [outcome_pair(row, one, found['answer']) for one in wrong]
     return kept, pairs, dropped
+
+def weigh_problems(
+    problems: list[dict], # With `solutions`, perhaps with `program`
+    min_agreement: float, # Least share of samples behind the answer
+    max_pairs: int, # Wrong solutions of a problem at most
+) -> list[tuple]: # For each the solution to keep, what the routes say, and wrong solutions
+    "Weigh a shard of problems."
+    weighed = []
+    for problem in problems:
+        chosen = choose_solution(problem)
+        found = collect_evidence(problem, chosen, min_agreement)
+        weighed.append((chosen, found, wrong_solutions(problem, found['answer'], max_pairs) if chosen else []))
+    return weighed
 
 def check_routes(routes: list[str]):
     "Refuse routes that do not exist."
@@ -352,20 +366,24 @@ def choose_solution(problem: dict) -> str | None:
     return best and with_last_line(best['text'], best['answer'])
 
 # %% ../nbs/12_evidence.ipynb #12000030
-def outcome_pairs(
-    row: dict, # An accepted row
-    problem: dict, # Its problem with all `solutions`
-    answer: str, # The verified answer
-    max_pairs: int = 1, # At most
-) -> list[dict]: # Preference rows, none if every sample was right
-    "Set the accepted solution against wrong ones of the same problem, each with another answer."
+def wrong_solutions(
+    problem: dict, # With all `solutions`
+    answer: str, # What is right
+    most: int = 1, # At most
+) -> list[dict]: # None if every sample was right
+    "List solutions that got something else, each with another answer."
     wrong, convert = [], asks_to_convert(problem['problem'])
     for one in problem['solutions']:
         known = [answer, *(own['answer'] for own in wrong)]
         if one['answer'] and not any(same_answer(one['answer'], other, convert) for other in known): wrong.append(one)
-    return [_outcome_pair(row, one, answer) for one in wrong[:max_pairs]]
+    return wrong[:most]
 
-def _outcome_pair(row, wrong, answer):
+def outcome_pair(
+    row: dict, # An accepted row
+    wrong: dict, # A solution that got another answer
+    answer: str, # The verified answer
+) -> dict: # A preference row
+    "Set the accepted solution against a wrong one of the same problem."
     prompt, chosen = row['messages']
     rejected = {'role': 'assistant', 'content': with_last_line(wrong['text'], wrong['answer'])}
     meta = {**row['meta'], 'parent_ids': [row['id']], 'model': wrong['model'],

@@ -126,7 +126,7 @@ def best_first(
     return sorted(found, key=lambda pair: (-pair[0], pair[1]['id']))
 
 # %% ../nbs/10_index.ipynb #10000010
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Hit:
     "A passage that was found."
     id: str # Of the chunk
@@ -255,14 +255,15 @@ def _first_look(points):
     return best_first((point.score, chunk_row(point.id, point.payload)) for point in points)
 
 def _look_again(question, points, depth):
-    near = sum(point.score >= FAINT * points[0].score for point in points[:CANDIDATES])
+    scores = [point.score for point in points]
+    near = sum(score >= FAINT * scores[0] for score in scores[:CANDIDATES])
     payloads = [point.payload for point in points[:max(near, depth)]] # The engine makes a new dict at each access
     passages = [(f"{row.get('title', '')} {row.get('heading', '')}", row.get('text', '')) for row in payloads[:near]]
-    scores = look_again(question, passages, [point.score for point in points[:near]])
-    scores += [point.score for point in points[near:len(payloads)]]
-    alike = len(set(scores)) < len(scores) # Only then do ids decide
-    best = sorted(range(len(scores)), key=lambda place: (-scores[place], str(points[place].id) if alike else ''))[:depth]
-    return best_first((scores[place], chunk_row(points[place].id, payloads[place])) for place in best)
+    scores[:near] = look_again(question, passages, scores[:near])
+    places = range(len(payloads))
+    if len(set(scores)) < len(scores): places = sorted(places, key=lambda place: str(points[place].id)) # Ids decide
+    best = sorted(places, key=scores.__getitem__, reverse=True)[:depth]
+    return [(scores[place], chunk_row(points[place].id, payloads[place])) for place in best]
 
 # %% ../nbs/10_index.ipynb #10000017
 def gold_ranks(

@@ -72,7 +72,7 @@ def mt_bench_games(row, replies):
     return [(f'turn{turn}', mt_bench_prompt(*parts, turn)) for turn in (1, 2)]
 
 MT_BENCH = Benchmark(
-    name='mt-bench', rule='single, greedy', license='Apache-2.0', items=80, percent=False,
+    name='mt-bench', rule='single, greedy', license='Apache-2.0 (lm-sys/FastChat)', items=80, percent=False,
     source='folder: question.jsonl, judge_prompts.jsonl, reference_answer of lm-sys/FastChat (llm_judge)',
     read=lambda folder: read_mt_bench(folder, WITH_REFERENCE),
     prompt=lambda row: user_turn(row['turns'][0]), later=lambda row: row['turns'][1:],
@@ -81,7 +81,8 @@ MT_BENCH = Benchmark(
     aggregate=weighted_groups)
 
 MT_BENCH_TW = Benchmark(**{
-    **MT_BENCH.__dict__, 'name': 'mt-bench-tw', 'license': 'none stated', 'read': read_mt_bench,
+    **MT_BENCH.__dict__, 'name': 'mt-bench-tw', 'read': read_mt_bench,
+    'license': 'none stated (mtkresearch/TCEval has no licence file, the card of MediaTek-Research/TCEval-v2 names none)',
     'source': 'folder: question.jsonl, judge_prompts, reference_answer of mtkresearch/TCEval (mt_bench_tw)'})
 
 # %% ../nbs/18_benchmarks_judged.ipynb #18000008
@@ -149,7 +150,8 @@ def arena_score(verdict, game):
     return mean_known(arena_battles(verdict, game == 'game2'))
 
 ARENA_HARD = Benchmark(
-    name='arena-hard', rule='v0.1 against gpt-4-0314, own judge prompt', license='Apache-2.0', items=500,
+    name='arena-hard', rule='v0.1 against gpt-4-0314, own judge prompt', items=500,
+    license='Apache-2.0 (lmarena/arena-hard-auto)',
     source='folder: question.jsonl, gpt-4-0314.jsonl of lmarena/arena-hard-auto (arena-hard-v0.1)', max_tokens=4096,
     read=read_arena, prompt=lambda row: user_turn(row['prompt']),
     gold=lambda row: '', extract=lambda reply, row: None, score=lambda answer, gold: 0.0,
@@ -185,7 +187,8 @@ def alpaca_verdict(
     return letter if letter in ('m', 'M') else None
 
 ALPACA_EVAL = Benchmark(
-    name='alpaca_eval', rule='win_rate, verdicts without probabilities, own judge prompt', license='CC-BY-NC-4.0',
+    name='alpaca_eval', rule='win_rate, verdicts without probabilities, own judge prompt',
+    license='CC-BY-NC-4.0 (README of tatsu-lab/alpaca_eval)',
     source='alpaca_eval.json of hf:tatsu-lab/alpaca_eval: {instruction, output}, outputs by gpt4_1106_preview',
     items=805, max_tokens=2048, read=lambda path: read_public(_alpaca_file(path)),
     prompt=lambda row: user_turn(row['instruction']),
@@ -248,7 +251,8 @@ def alignbench_average(means, counts):
     return {'overall': figures.pop('overall'), **figures, **means}
 
 ALIGNBENCH = Benchmark(
-    name='alignbench', rule='v1.1, own judge prompt', license='none stated', items=683, percent=False,
+    name='alignbench', rule='v1.1, own judge prompt', items=683, percent=False,
+    license='none stated (THUDM/AlignBench has no licence file)',
     source='folder: data_v1.1_release.jsonl and config of THUDM/AlignBench', max_tokens=2048,
     read=read_alignbench, prompt=lambda row: user_turn(row['question']),
     gold=lambda row: row['reference'], extract=lambda reply, row: None, score=lambda answer, gold: 0.0,
@@ -286,8 +290,9 @@ def reason_games(row, replies):
     return [('judgement', user_turn(fill(REASON_JUDGE, values)))]
 
 REASON = Benchmark(
-    name='chinese-reason-bench', rule='judge10, own judge prompt', license='as its source says', percent=False,
-    source='rows {id, question, reference}', max_tokens=2048,
+    name='chinese-reason-bench', rule='judge10, own judge prompt', percent=False, max_tokens=2048,
+    license='none stated (card of zake7749/chinese-reason-bench)',
+    source='rows {question, answer} or {question, reference}: hf:zake7749/chinese-reason-bench?split=test',
     read=read_public, prompt=lambda row: user_turn(row['question']),
     gold=lambda row: row.get('reference') or row.get('answer'), extract=lambda reply, row: None,
     score=lambda answer, gold: 0.0,

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PLACEHOLDER', 'DATED', 'JSON_AGAIN', 'Request', 'Reply', 'call_key', 'canonical', 'model_identity', 'offline_version',
-           'folder_identity', 'render_prompt', 'Completion', 'same_model', 'outcome', 'Budget', 'Outbox', 'Recorder',
-           'entry_reply', 'CallFailure', 'Refused', 'pause', 'status_failure', 'retry_after', 'hide', 'Pace',
-           'guess_tokens', 'shared_pace', 'Crowd', 'Breaker', 'Call', 'open_files', 'Throttle', 'Queue', 'unanswered',
-           'refuse_to_ask', 'replaying', 'send_all', 'may_send', 'afford', 'try_once', 'run_async', 'ask_each',
-           'ready_settings', 'pay', 'pay_in_batches', 'ask', 'parse_json', 'json_candidates', 'validate', 'Parsed',
-           'read_json', 'again_prompt', 'as_messages', 'Client', 'open_client', 'ask_json', 'known_or_allowed',
-           'Collected', 'ask_until', 'round_size', 'projection']
+           'folder_identity', 'render_prompt', 'Completion', 'same_model', 'outcome', 'cut_at_stop', 'Budget', 'Outbox',
+           'Recorder', 'notice', 'entry_reply', 'CallFailure', 'Refused', 'pause', 'status_failure', 'late',
+           'retry_after', 'hide', 'Pace', 'guess_tokens', 'shared_pace', 'Crowd', 'Breaker', 'Call', 'open_files',
+           'Throttle', 'Queue', 'unanswered', 'refuse_to_ask', 'replaying', 'send_all', 'may_send', 'afford',
+           'try_once', 'run_async', 'ask_each', 'ready_settings', 'pay', 'pay_in_batches', 'ask', 'parse_json',
+           'json_candidates', 'validate', 'Parsed', 'read_json', 'again_prompt', 'as_messages', 'Client', 'open_client',
+           'ask_json', 'known_or_allowed', 'Collected', 'ask_until', 'round_size', 'projection']
 
 # %% ../nbs/02_llm.ipynb #02000002
 import asyncio, functools, hashlib, heapq, itertools, json, math, os, random, re, signal, sys
@@ -155,6 +155,13 @@ def outcome(
     if not same_model(asked, completion.model_version): return 'rerouted'
     if completion.finish_reason != 'stop': return completion.finish_reason
     return 'stop' if completion.text.strip() else 'empty'
+
+def cut_at_stop(
+    text: str, # A reply
+    stop: tuple, # Texts that end it
+) -> str: # The part before the first of them
+    "Cut a reply where it should have stopped."
+    return text[:min((text.find(mark) for mark in stop if mark in text), default=len(text))]
 
 # %% ../nbs/02_llm.ipynb #02000016
 class Budget:
@@ -333,10 +340,10 @@ class Recorder:
                                  f'{spent["max_cost"]:.4f} spent', refresh=False)
         self.bar.update(done - self.bar.n)
 
-    def notice(self, text: str):
-        "Tell the user a line."
-        from tqdm import tqdm
-        tqdm.write(text, file=sys.stderr)
+def notice(text: str):
+    "Tell the user a line, beside the bar."
+    from tqdm import tqdm
+    tqdm.write(text, file=sys.stderr)
 
 def entry_reply(entry: Entry, cached: bool) -> Reply:
     "Give the reply that an entry holds."
@@ -382,6 +389,10 @@ def status_failure(
     if status in (408, 409, 425, 429) or status >= 500:
         return CallFailure(f'http {status}: {said}', wait=wait, busy=status == 429, blame=status >= 429)
     return CallFailure(f'http {status}: {said}', attempts=1, blame=False)
+
+def late(settings: ModelSettings) -> CallFailure:
+    "Name the failure of a service that takes too long."
+    return CallFailure(f'no reply in {settings.timeout:g} seconds', attempts=4)
 
 def retry_after(value: str | None) -> float | None:
     "Read a Retry-After header: seconds or a date."
@@ -791,7 +802,7 @@ def pay(
     first = next(queue.fresh, None)
     if not first: return
     heapq.heappush(queue.again, first)
-    throttle = Throttle(settings, recorder.notice, patience)
+    throttle = Throttle(settings, notice, patience)
     async def work():
         async with CALLS[settings.provider](settings) as send: await send_all(queue, throttle, recorder, send)
     run_async(work())

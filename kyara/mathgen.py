@@ -20,7 +20,7 @@ from .confine import confinement
 from .core import UserError, content_hash, dialogue, drop, read_jsonl, resolve_path
 from .drafts import Form, ask_form, fill
 from .evidence import (ROUTES, accept_solutions, asked, calculate_by_program, check_routes, compare_routes, criticise,
-                            majority, math_row, outcome_pairs, said, solve_problems, verify, with_last_line,
+                            majority, math_row, said, solve_problems, verify, with_last_line,
                             wrong_equations)
 
 # %% ../nbs/12_math.ipynb #12000004

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TMMLUPLUS_GROUPS', 'ALIGNBENCH_REASONING', 'ALIGNBENCH_LANGUAGE', 'ALIGNBENCH_ALIASES', 'balanced_object',
            'parse_reply', 'rescue_value', 'extract_answer', 'number_value', 'same_number', 'same_literal',
-           'same_letter', 'grid_cells', 'judge_score', 'judge_pair', 'pair_winner', 'arena_verdict', 'arena_battles',
-           'alignbench_score', 'reason_score', 'win_rate', 'clean_preferences', 'token_preference', 'fit_logistic',
-           'sigmoid', 'length_controlled_rate', 'aggregate_tmmluplus', 'check_rule', 'aggregate_alignbench',
-           'choice_scores', 'pass_at']
+           'same_letter', 'bare_letter', 'grid_cells', 'judge_score', 'judge_pair', 'pair_winner', 'arena_verdict',
+           'arena_battles', 'alignbench_score', 'reason_score', 'win_rate', 'clean_preferences', 'token_preference',
+           'fit_logistic', 'sigmoid', 'length_controlled_rate', 'aggregate_tmmluplus', 'check_rule',
+           'aggregate_alignbench', 'choice_scores', 'pass_at']
 
 # %% ../nbs/06_metrics.ipynb #06000002
 import json, math, re
@@ -75,10 +75,10 @@ def extract_answer(
 
 # %% ../nbs/06_metrics.ipynb #06000011
 def number_value(
-    answer: str, # '$1,200', '3/4', '# 18', '大約 15 天'
+    answer: str, # '$1,200', '3/4', '大約 15 天'
 ) -> float | None: # The first number in it
     "Read a number by the rule of GSM8K and MATH-L5."
-    text = answer.replace('$', '').replace('#', '').strip().replace(',', '')
+    text = answer.replace('$', '').strip().replace(',', '')
     fraction = re.fullmatch(r'(-?\d+(?:\.\d+)?)\s*/\s*(-?\d+(?:\.\d+)?)', text)
     if fraction and float(fraction[2]): return float(fraction[1]) / float(fraction[2])
     first = re.search(r'-?\d+(\.\d+)?', text)
@@ -88,9 +88,9 @@ def same_number(
     answer: str, # The model's
     gold: str, # The right one
 ) -> bool: # Equal as floats
-    "Compare two answers as numbers."
+    "Compare two answers as numbers; only the right one loses its `#`, as in ZeroEval."
     value = number_value(answer)
-    return value is not None and value == number_value(gold)
+    return value is not None and value == number_value(gold.replace('#', ''))
 
 # %% ../nbs/06_metrics.ipynb #06000014
 def same_literal(
@@ -109,6 +109,13 @@ def same_letter(
 ) -> bool: # True if it names that choice
     "Compare a choice as MMLU-Redux does."
     return answer == gold or f'{gold})' in answer
+
+def bare_letter(
+    reply: str, # 'B', '(B)', 'B.'
+) -> str | None: # The letter from A to D, None if there is more
+    "Take the letter of a reply that is nothing else."
+    hit = re.fullmatch(r'\(?([A-D])[).。]?', reply.strip())
+    return hit[1] if hit else None
 
 # %% ../nbs/06_metrics.ipynb #06000017
 def grid_cells(
@@ -174,24 +181,24 @@ def arena_battles(
 def alignbench_score(
     judgement: str, # Text of a judgement
 ) -> float: # The overall score, -1 if it does not parse
-    "Read 综合得分 as AlignBench does."
-    end = judgement.rfind('}')
-    start = judgement.rfind('{', 0, end) if end > 0 else -1
-    pairs = _quoted_pairs(judgement[start:end]) if start >= 0 else {}
+    "Read 综合得分 as AlignBench does: in the last `{...}` that stands on one line, else anywhere."
+    last = judgement.rfind('{')
+    line = judgement[judgement.rfind('\n', 0, max(0, last)) + 1:].partition('\n')[0]
+    # Its pattern \{(.*?)\}(?![^{]*\{) begins at the first brace of that line.
+    closed = last >= 0 and '}' in line[line.rfind('{'):]
+    pairs = _quoted_pairs(line[line.find('{') + 1:line.find('}', line.rfind('{'))]) if closed else {}
     if '综合得分' in pairs: return float(pairs['综合得分'])
     hit = re.search(r"'综合得分': (\d+(\.\d{1,2})?)", judgement)
     return float(hit[1]) if hit else -1.0
 
-def _quoted_pairs(text):
+def _quoted_pairs(line):
     # The same as findall of '(.*?)': (\d+), which takes quadratic time on many quotes.
-    pairs = {}
-    for line in text.split('\n'):
-        position = 0
-        for hit in re.finditer(r"': (\d+)", line):
-            start = line.find("'", position, hit.start())
-            if start < 0: continue
-            pairs[line[start + 1:hit.start()]] = hit[1]
-            position = hit.end()
+    pairs, position = {}, 0
+    for hit in re.finditer(r"': (\d+)", line):
+        start = line.find("'", position, hit.start())
+        if start < 0: continue
+        pairs[line[start + 1:hit.start()]] = hit[1]
+        position = hit.end()
     return pairs
 
 def reason_score(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KNOWN_ORIGINS', 'DIFFERENCES', 'drop_repeated', 'item_indexes', 'drop_contaminated_pairs', 'drop_small_margins',
-           'sample_origins', 'check_weights', 'mix_pairs', 'held_out_prompts', 'split_pairs', 'write_split',
-           'pair_statistics', 'length_bias', 'plot_pairs']
+           'sample_origins', 'check_weights', 'obey_labels', 'review_summary', 'mix_pairs', 'held_out_prompts',
+           'split_pairs', 'write_split', 'pair_statistics', 'length_bias', 'plot_pairs']
 
 # %% ../nbs/16_pairs_mixed.ipynb #16000002
 import functools, hashlib, math
@@ -14,7 +14,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .base import ItemIndex, MeaningIndex, configured_embedding, drop_contaminated, read_items
-from .core import Spool, UserError, chinese_pyplot, content_hash, details, drop, write_rows
+from .core import Spool, UserError, chinese_pyplot, content_hash, details, drop, pack_meta, write_rows
+from .judging import share_interval
+from .labels import Label, apply_labels, label_summary
 from .pairs import pair_in_traditional
 from .zh import fold_script
 
@@ -99,6 +101,44 @@ def check_weights(
             raise UserError(f'the weight of {name} is {weight!r}; it is the share that is used, from 0 to 1')
 
 # %% ../nbs/16_pairs_mixed.ipynb #16000015
+def obey_labels(
+    pairs: Iterable[dict], # Preference rows
+    labels: dict[str, Label], # By id of a row, as `read_labels` gives them
+    reviewed: list[tuple[str, Label]], # Gets the origin of each pair that somebody looked at, and what was said
+) -> Iterator[dict]: # All of them: as they were, changed, or with a `drop_reason`
+    "Let people outrank the judge."
+    for pair in pairs:
+        label = None if 'drop_reason' in pair else labels.get(pair['id'])
+        if label:
+            reviewed.append((pair['origin'], label))
+            pair = _unjudged(pair, next(apply_labels([pair], labels)), label.verdict)
+        yield pair
+
+def _unjudged(before, after, verdict):
+    "Take away what was measured of the pair as it was; models change sides with their answers."
+    if verdict not in ('rejected', 'edit'): return after
+    notes = {name: value for name, value in details(after).items() if name not in ('margin', 'win_rate')}
+    meta, models = after['meta'], (notes.get('rejected_model'), (before.get('meta') or {}).get('model'))
+    if verdict == 'rejected' and all(models): meta, notes = {**meta, 'model': models[0]}, {**notes, 'rejected_model': models[1]}
+    return {**after, 'meta': pack_meta(**{**meta, 'details': notes})}
+
+# %% ../nbs/16_pairs_mixed.ipynb #16000018
+def review_summary(
+    reviewed: list[tuple[str, Label]], # As `obey_labels` gives them
+) -> dict[str, dict]: # By origin: what was said, how many pairs were 'decided', the share that 'agreed' with Wilson's interval, and of blind ones how often the 'first' won
+    "Tell how people and the data agree."
+    groups = {}
+    for origin, label in reviewed: groups.setdefault(origin, []).append(label)
+    return {origin: _agreement(groups[origin]) for origin in sorted(groups)}
+
+def _agreement(labels):
+    found = label_summary(labels)
+    decided = found['verdict'].get('chosen', 0) + found['verdict'].get('rejected', 0)
+    low, high = share_interval(found['verdict'].get('chosen', 0), decided) if decided else (0.0, 1.0)
+    share = {name: None if found[name] is None else round(found[name], 4) for name in ('agreed', 'first')}
+    return {'labels': len(labels), 'said': dict(sorted(found['verdict'].items())), 'decided': decided, **share, 'low': low, 'high': high}
+
+# %% ../nbs/16_pairs_mixed.ipynb #16000021
 def mix_pairs(
     pairs: Iterable[dict], # Preference rows of all sources, the most trusted first; some with a `drop_reason`
     dropped: Spool, # Gets what is not used
@@ -107,16 +147,19 @@ def mix_pairs(
     min_margin: float = 0.0, # Ratings must differ by more
     simplified: str = 'convert', # What becomes of pairs in Simplified characters: 'convert' or 'drop'
     seed: int = 0,
+    labels: dict[str, Label] | None = None, # What people said, by id of a row
+    reviewed: list[tuple[str, Label]] | None = None, # Gets the origin of each pair that somebody looked at, and what was said
 ) -> Spool: # What is left
     "Make one set of all pairs."
     kept = Spool()
     rows = map(functools.partial(pair_in_traditional, simplified=simplified), pairs)
+    if labels: rows = obey_labels(rows, labels, [] if reviewed is None else reviewed)
     rows = drop_small_margins(drop_contaminated_pairs(rows, indexes), min_margin)
     for row in sample_origins(drop_repeated(rows), weights, seed):
         (dropped if 'drop_reason' in row else kept).append(row)
     return kept
 
-# %% ../nbs/16_pairs_mixed.ipynb #16000018
+# %% ../nbs/16_pairs_mixed.ipynb #16000024
 def held_out_prompts(
     pairs: Iterable[dict], # Preference rows
     held_out: int, # Pairs to set aside, about; at most a third
@@ -151,7 +194,7 @@ def write_split(
     sides = (('preference', False), ('held_out', True))
     return tuple(write_rows(side(apart), Path(folder) / name, 'preference') for name, apart in sides)
 
-# %% ../nbs/16_pairs_mixed.ipynb #16000021
+# %% ../nbs/16_pairs_mixed.ipynb #16000027
 DIFFERENCES = [-1_000_000, -800, -400, -200, -100, -50, -20, 0, 20, 50, 100, 200, 400, 800]
 
 def pair_statistics(
@@ -195,7 +238,7 @@ def length_bias(
     names = ('pairs', 'chosen', 'rejected', 'longer_wins')
     return {origin: {name: found[name] for name in names} for origin, found in pair_statistics(pairs).items()}
 
-# %% ../nbs/16_pairs_mixed.ipynb #16000023
+# %% ../nbs/16_pairs_mixed.ipynb #16000029
 def plot_pairs(
     statistics: dict[str, dict], # As `pair_statistics` gives it
 ): # A matplotlib figure: length differences and margins by origin, pairs by source

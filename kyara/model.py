@@ -57,7 +57,8 @@ def save_model(
     folder = Path(folder)
     part = folder.with_name(folder.name + '.part')
     shutil.rmtree(part, ignore_errors=True)
-    if state_dict: state_dict = {name: weight.to(safe_dtype()) for name, weight in state_dict.items()}
+    if state_dict: # Gathered weights share no memory, so what is tied would be written twice
+        state_dict = {name: weight.to(safe_dtype()) for name, weight in state_dict.items() if name not in model.all_tied_weights_keys}
     model.save_pretrained(part, state_dict=state_dict)
     tokenizer.save_pretrained(part)
     shutil.rmtree(folder, ignore_errors=True)

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['REPAIR_PROMPT', 'REPAIRABLE', 'ANSWER_PROMPT', 'FOLLOW_PROMPT', 'QUALITY_PROMPT', 'GUESS_PROMPT', 'KNOWLEDGE_FORM',
-           'INSTRUCT_PROMPT', 'TASKS', 'ask_answers', 'repair_prompt', 'judge_repair', 'answer_prompt', 'judge_answer',
-           'answer_knowledge', 'FollowUp', 'as_text', 'follow_up_problem', 'ask_follow_ups', 'continue_dialogues',
-           'add_turn', 'Quality', 'Guess', 'rate_passages', 'back_translate', 'write_references', 'judge_cited',
-           'answer_with_references', 'refuse', 'answer_in_role', 'judge_role', 'answer_english', 'synthesise', 'ground',
-           'answer_and_continue', 'synthesise_shards', 'next_shard', 'at_most', 'write_part', 'measure_search']
+           'INSTRUCT_PROMPT', 'TASKS', 'ask_answers', 'judge_answers', 'shown_to_judge', 'judge_shard', 'said',
+           'repair_prompt', 'settle_repair', 'answer_prompt', 'judge_answer', 'answer_knowledge', 'FollowUp', 'as_text',
+           'follow_up_problem', 'ask_follow_ups', 'continue_dialogues', 'add_turn', 'Quality', 'Guess', 'rate_passages',
+           'back_translate', 'clean_texts', 'write_references', 'judge_cited', 'answer_with_references', 'refuse',
+           'answer_in_role', 'judge_role', 'answer_english', 'synthesise', 'ground', 'answer_and_continue',
+           'synthesise_shards', 'next_shard', 'at_most', 'write_part', 'measure_search']
 
 # %% ../nbs/11_synthesis.ipynb #11000002
-import heapq, itertools, json, math, random
+import functools, heapq, itertools, json, math, random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -19,6 +20,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from .cite import REFUSAL, citation_gate
+from .cluster import over_shards
 from .core import details, drop, row_schema, write_shard
 from .drafts import (Draft, Form, ask_form, clean_answer, clean_language, draft_row, drop_draft, fill,
                           claim_license, lint_counts, lint_table, lot, portion, repaired_pairs, sample_chunks, settle,
@@ -52,36 +54,59 @@ def ask_answers(
     prompts: list, # What the teacher sees, each a text or a message list
     template: str, # What the prompts were made of
     teacher: Client,
-    judge: Callable[[Draft, Reply], tuple[str, str, str]], # Gives the answer, '' or a reason, and its evidence
+    judge: Callable[[dict], tuple], # From `shown_to_judge` to the answer, '' or a reason, its evidence, filters
 ) -> list[tuple[str, str]]: # For each draft '' or a reason, and its evidence
     "Ask for answers, judge them, have each repaired at most once, and write them into the dialogues."
     replies = teacher.ask(prompts, max_tokens=2048) if prompts else []
-    verdicts = [judge(draft, reply) for draft, reply in zip(drafts, replies, strict=True)]
-    for draft, reply in zip(drafts, replies):
+    verdicts = judge_answers(drafts, replies, judge)
+    for draft, reply, (*_, lint) in zip(drafts, replies, verdicts):
         draft.asked(template, reply)
-        draft.notes['lint'] = lint_counts(reply.text)
-    broken = [number for number, (_, reason, _) in enumerate(verdicts) if reason in REPAIRABLE]
-    again = [repair_prompt(prompts[number], replies[number], *verdicts[number][1:]) for number in broken]
-    for number, reply in zip(broken, teacher.ask(again, max_tokens=2048) if again else []):
-        verdicts[number] = judge_repair(drafts[number], reply, verdicts[number], judge)
-    for draft, (answer, reason, _) in zip(drafts, verdicts):
+        draft.notes['lint'] = lint
+    broken = [number for number, (_, reason, *_) in enumerate(verdicts) if reason in REPAIRABLE]
+    again = [repair_prompt(prompts[number], replies[number], *verdicts[number][1:3]) for number in broken]
+    repaired = teacher.ask(again, max_tokens=2048) if again else []
+    second = judge_answers([drafts[number] for number in broken], repaired, judge)
+    for number, reply, verdict in zip(broken, repaired, second):
+        verdicts[number] = settle_repair(drafts[number], reply, verdicts[number], verdict)
+    for draft, (answer, reason, *_) in zip(drafts, verdicts):
         draft.passes('answer', reason)
         draft.messages.append({'role': 'assistant', 'content': answer})
-    return [(reason, evidence) for _, reason, evidence in verdicts]
+    return [(reason, evidence) for _, reason, evidence, *_ in verdicts]
+
+def judge_answers(drafts: list[Draft], replies: list[Reply], judge: Callable) -> list[tuple]:
+    "Judge answers, by shards; give the verdicts of `judge`, and the lint of what was said."
+    asked = [shown_to_judge(draft, reply) for draft, reply in zip(drafts, replies, strict=True)]
+    lost = lambda shown, reason: (shown['text'], 'shard_failed', reason, {}, {})
+    verdicts = list(over_shards(functools.partial(judge_shard, judge=judge), asked, failed=lost))
+    for draft, (_, _, _, filters, _) in zip(drafts, verdicts): draft.filters.update(filters)
+    return verdicts
+
+def shown_to_judge(draft: Draft, reply: Reply) -> dict:
+    "Collect what an answer is judged by: plain values, which any machine can be handed."
+    prompt = draft.messages[0]['content'] if draft.messages else ''
+    return {'question': draft.question, 'prompt': prompt, 'rules': draft.notes.get('rules', {}),
+            'text': reply.text, 'finish_reason': reply.finish_reason, 'error': reply.error}
+
+def judge_shard(asked: list[dict], judge: Callable) -> list[tuple]:
+    "Judge a shard of answers."
+    return [(*judge(shown), lint_counts(shown['text'])) for shown in asked]
+
+def said(shown: dict) -> Reply:
+    "Make the reply again that a judge was shown."
+    return Reply('', shown['text'], shown['finish_reason'], error=shown['error'])
 
 def repair_prompt(prompt: str | list, reply: Reply, reason: str, evidence: str) -> list[dict]:
     "Ask once more, quoting the verdict."
     told = fill(REPAIR_PROMPT, problem=f'{REPAIRABLE[reason]}：{evidence}'[:1000])
     return [*as_messages(prompt), {'role': 'assistant', 'content': reply.text}, {'role': 'user', 'content': told}]
 
-def judge_repair(draft: Draft, reply: Reply, before: tuple, judge: Callable) -> tuple[str, str, str]:
+def settle_repair(draft: Draft, reply: Reply, before: tuple, after: tuple) -> tuple:
     "Take the repaired answer if it passes; otherwise what was wrong at first counts."
-    answer, reason, evidence = judge(draft, reply)
+    (old, was, verdict, *_), (answer, reason, evidence, *_) = before, after
     draft.asked(REPAIR_PROMPT, reply)
-    draft.notes['repair'] = {'answer': before[0], 'reason': before[1], 'verdict': before[2][:1000],
-                             'failed': reason, 'turn': len(draft.messages)}
-    if not reason: return answer, '', ''
-    return before[0], before[1], f'{before[2]}; after the repair: {reason}: {evidence}'
+    draft.notes['repair'] = {'answer': old, 'reason': was, 'verdict': verdict[:1000], 'failed': reason,
+                             'turn': len(draft.messages)}
+    return (answer, '', '') if not reason else (old, was, f'{verdict}; after the repair: {reason}: {evidence}')
 
 # %% ../nbs/11_synthesis.ipynb #11000009
 ANSWER_PROMPT = '''# 任務：撰寫回答
@@ -109,11 +134,11 @@ def answer_prompt(draft: Draft, question: str) -> str:
     return fill(ANSWER_PROMPT, question=question, title=draft.chunk['title'], text=draft.chunk['text'],
                          summaries='\n\n'.join(draft.summaries.values()))
 
-def judge_answer(draft: Draft, reply: Reply) -> tuple[str, str, str]:
+def judge_answer(shown: dict) -> tuple:
     "Judge an answer to a question, perhaps one that wants a form."
-    answer, reason, evidence = clean_answer(reply)
-    missing = '' if reason else form_problem(draft.question, answer)
-    return (answer, 'wrong_form', missing) if missing else (answer, reason, evidence)
+    answer, reason, evidence = clean_answer(said(shown))
+    missing = '' if reason else form_problem(shown['question'], answer)
+    return (answer, 'wrong_form', missing, {}) if missing else (answer, reason, evidence, {})
 
 def answer_knowledge(
     drafts: list[Draft], # With their summaries
@@ -300,10 +325,10 @@ def back_translate(
     prompts = [fill(GUESS_PROMPT, title=draft.chunk['title'], text=draft.chunk['text'])
                for draft in good]
     replies, problems = ask_form(teacher, prompts, Guess, temperature=temperature, seed=seed), []
-    for draft, parsed in zip(good, replies, strict=True):
+    cleaned = over_shards(clean_texts, [draft.chunk['text'].strip() for draft in good])
+    for draft, parsed, (text, reason, evidence) in zip(good, replies, cleaned, strict=True):
         draft.asked(GUESS_PROMPT, parsed)
         prompt = parsed.value.prompt.strip() if parsed.value else ''
-        text, reason, evidence = clean_language(draft.chunk['text'].strip())
         if parsed.problem: reason, evidence = parsed.problem, parsed.reply.error or parsed.reply.text
         elif not reason: reason, evidence = question_problem(prompt)
         draft.question = draft.topic = fix_taiwan(prompt)
@@ -311,6 +336,10 @@ def back_translate(
         problems.append((reason, evidence))
     kept, more = settle(good, teacher, problems)
     return kept, dropped + more
+
+def clean_texts(texts: list[str]) -> list[tuple[str, str, str]]:
+    "Hold a shard of passages to Taiwan's Chinese."
+    return [clean_language(text) for text in texts]
 
 # %% ../nbs/11_synthesis.ipynb #11000022
 def write_references(
@@ -324,16 +353,15 @@ def write_references(
     instruction, form = draw.choice(INSTRUCTIONS), draw.choice(list(DOCUMENT_FORMS))
     return retrieval_prompt(shuffled, draft.question, instruction, form)
 
-def judge_cited(draft: Draft, reply: Reply) -> tuple[str, str, str]:
+def judge_cited(shown: dict) -> tuple:
     "Judge an answer with citations."
-    answer, reason, evidence = clean_answer(reply, visible=True)
+    answer, reason, evidence = clean_answer(said(shown), visible=True)
     answer = plain_citations(answer)
-    if reason: return answer, reason, evidence
-    if REFUSAL in answer: return answer, 'refused', 'the source passage is among the documents'
-    verdict = citation_gate(answer, parse_retrieval_prompt(draft.messages[0]['content'])['documents'])
+    if reason: return answer, reason, evidence, {}
+    if REFUSAL in answer: return answer, 'refused', 'the source passage is among the documents', {}
+    verdict = citation_gate(answer, parse_retrieval_prompt(shown['prompt'])['documents'])
     kind = 'citation_' + verdict.split(':')[0] if verdict else ''
-    draft.passes('citations', kind)
-    return answer, kind, verdict
+    return answer, kind, verdict, {'citations': kind}
 
 def answer_with_references(
     drafts: list[Draft], # With the passages found for them
@@ -383,11 +411,11 @@ def answer_in_role(
         prompts.append([{'role': 'system', 'content': shown}, draft.messages[1]])
     return ask_answers(drafts, prompts, KNOWLEDGE_FORM, teacher, judge_role)
 
-def judge_role(draft: Draft, reply: Reply) -> tuple[str, str, str]:
+def judge_role(shown: dict) -> tuple:
     "Judge an answer under rules."
-    answer, reason, evidence = clean_answer(reply)
-    broken = '' if reason else broken_rule(answer, draft.notes['rules'])
-    return (answer, 'rule_broken', broken) if broken else (answer, reason, evidence)
+    answer, reason, evidence = clean_answer(said(shown))
+    broken = '' if reason else broken_rule(answer, shown['rules'])
+    return (answer, 'rule_broken', broken, {}) if broken else (answer, reason, evidence, {})
 
 # %% ../nbs/11_synthesis.ipynb #11000031
 INSTRUCT_PROMPT = '''# 任務：回答指令

@@ -3,10 +3,13 @@
 First part, three seeds: a student of two million parameters learns to write digits as Chinese numerals, in three voices mixed (plain, padded with
 politeness, curated). (a) exact match on held-out numbers, (b) refinement on the curated voice, (c) SPIN against its own answers, (d) DPO for
 plain over padded.
-Second part: tokens a second and peak memory beside TRL's defaults, on rows of mixed length, each measured in a process of its own."""
+Second part: tokens a second and peak memory beside TRL's defaults, on rows with the lengths of the demo's training sets, each measured in a
+process of its own; what padding leaves to gain is printed beside what was gained."""
 import argparse, json, random, re, statistics, subprocess, sys, time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+import numpy
 
 NUMERALS = '〇一二三四五六七八九'
 SHAPE = dict(vocab_size=300, hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4)
@@ -107,75 +110,105 @@ def learning(seeds):
 
 # Speed
 
-WAYS = {'TRL as it comes': None, 'TRL, float32, no checkpointing': dict(bf16=False, gradient_checkpointing=False),
-        'grouped by length': dict(bf16=False, gradient_checkpointing=False, train_sampling_strategy='group_by_length'),
-        'packed, rows apart': dict(bf16=False, gradient_checkpointing=False, packing=True)}
+PLAIN = dict(bf16=False, gradient_checkpointing=False)
+WAYS = {'TRL as it comes': {}, 'TRL, float32, no checkpointing': PLAIN, 'grouped by length': dict(PLAIN, train_sampling_strategy='group_by_length'),
+        'packed, rows apart': dict(PLAIN, packing=True), 'packed and grouped': dict(PLAIN, packing=True, train_sampling_strategy='group_by_length')}
+DEFAULTS = 'TRL, float32, no checkpointing'
 
-def mixed_rows(count):
-    "Write dialogues from a line to a page, as retrieval rows and plain questions are mixed."
-    draw = random.Random(0)
-    length = lambda: int(min(480, max(6, draw.lognormvariate(3.9, 0.9))))
-    texts = [''.join(draw.choices('玉山是臺灣最高的山，主峰海拔公尺。', k=length())) for _ in range(count)]
+# Lengths of rows in tokens, as the recipe runs/demo.yaml makes them: short sums and chats beside retrieval rows with their paragraphs.
+SHARES = [share / 20 for share in range(20)] + [0.96, 0.97, 0.98, 0.99, 1.0]
+LENGTHS = {'base': [36, 36, 37, 37, 37, 38, 38, 38, 39, 39, 39, 39, 39, 40, 40, 41, 41, 41, 42, 117, 152, 216, 249, 487, 755],
+           'curated': [36, 36, 37, 37, 38, 38, 38, 39, 39, 39, 39, 40, 40, 40, 41, 41, 42, 75, 135, 242, 276, 426, 543, 719, 755],
+           'synthesis': [41, 57, 65, 75, 80, 85, 95, 105, 111, 120, 137, 147, 178, 207, 224, 231, 416, 487, 669, 721, 730, 738, 742, 753, 755]}
+
+def mixed_rows(count, mixture):
+    "Write dialogues whose lengths are spread as those of the demo's set."
+    draw, marks = random.Random(0), 16 # Tokens of a row beside its answer
+    places = [(number + 0.5) / count for number in range(count)]
+    lengths = [int(value) for value in numpy.interp(places, SHARES, LENGTHS[mixture])]
+    draw.shuffle(lengths)
     say = lambda number, text: [{'role': 'user', 'content': f'第{number}題？'}, {'role': 'assistant', 'content': text}]
-    return [{'id': str(number), 'messages': say(number, text)} for number, text in enumerate(texts)]
+    return [{'id': str(number), 'messages': say(number, ''.join(draw.choices('玉山是臺灣最高的，主峰海拔公尺。', k=length - marks)))}
+            for number, length in enumerate(lengths)]
 
-def measure(way, folder, count):
+def count_tokens(trainer):
+    "Count what goes through the model: all tokens, and those of rows."
+    found, collate = {'all': 0, 'rows': 0}, trainer.data_collator
+    def counted(rows):
+        batch = collate(rows)
+        found['all'] += batch['input_ids'].numel()
+        found['rows'] += int(batch['attention_mask'].sum()) if 'attention_mask' in batch else batch['input_ids'].numel()
+        return batch
+    trainer.data_collator = counted
+    return found
+
+def measure(way, folder, count, mixture, packs):
     "Train one epoch in one way; print tokens a second and peak memory as JSON."
     import resource, torch
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
-    from kyara.sft import DOCUMENTS, fit_rows, load_model, load_tokenizer, sft_arguments
+    from kyara.sft import DOCUMENTS, fit_rows, load_model, load_tokenizer
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(folder)
-    rows, _, longest = fit_rows(mixed_rows(count), tokenizer)
-    settings = dict(WAYS[way] or {}, num_train_epochs=1, logging_steps=1000, save_strategy='no', report_to='none', disable_tqdm=True,
+    rows, _, longest = fit_rows(mixed_rows(count, mixture), tokenizer)
+    settings = dict(WAYS[way], num_train_epochs=1, logging_steps=1000, save_strategy='no', report_to='none', disable_tqdm=True,
                     max_length=longest, assistant_only_loss=True, use_cpu=True, output_dir=f'{folder}/out')
-    if settings.get('packing'): settings['per_device_train_batch_size'] = 2 # Two packs hold about as many tokens as eight rows with their padding
+    if settings.get('packing'): settings['per_device_train_batch_size'] = packs
     model = load_model(folder, attn_implementation=DOCUMENTS if settings.get('packing') else 'eager')
     trainer = SFTTrainer(model=model, args=SFTConfig(**settings), train_dataset=Dataset.from_list([{'messages': row['messages']} for row in rows]),
                          processing_class=tokenizer)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seen, before = count_tokens(trainer), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     busy, started = time.process_time(), time.perf_counter()
     trainer.train()
-    tokens = sum(row['length'] for row in rows)
+    busy, wall = time.process_time() - busy, time.perf_counter() - started
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps({'busy': tokens / (time.process_time() - busy), 'wall': tokens / (time.perf_counter() - started),
-                      'steps': trainer.state.global_step, 'peak': grown / 1024, 'rows': len(rows), 'longest': longest}))
+    print(json.dumps({'busy': seen['rows'] / busy, 'wall': seen['rows'] / wall, 'all': seen['all'], 'rows': seen['rows'], 'steps': trainer.state.global_step,
+                      'peak': grown / 1024, 'batch': trainer.args.per_device_train_batch_size, 'longest': longest}))
 
-def speed(count, repeats):
+def speed(count, repeats, mixture):
     "Run every way in turn, several times, and print the best of each beside the defaults."
     from kyara.sft import make_student
     with TemporaryDirectory() as folder:
-        make_student([turn['content'] for row in mixed_rows(200) for turn in row['messages']], folder + '/model', **SHAPE)
-        found = {way: [] for way in WAYS}
+        make_student([turn['content'] for row in mixed_rows(200, mixture) for turn in row['messages']], folder + '/model', **SHAPE)
+        found, packs = {way: [] for way in WAYS}, 1
         for _ in range(repeats):
             for way in WAYS:
-                command = [sys.executable, __file__, '--measure', way, '--folder', folder + '/model', '--rows', str(count)]
+                command = [sys.executable, __file__, '--measure', way, '--folder', folder + '/model', '--rows', str(count), '--mixture', mixture,
+                           '--packs', str(packs)]
                 child = subprocess.run(command, capture_output=True, text=True)
                 if child.returncode: sys.exit(child.stderr[-2000:])
-                found[way].append(json.loads(child.stdout.splitlines()[-1]))
-    plain = max(run['busy'] for run in found['TRL, float32, no checkpointing'])
-    first = found['TRL as it comes'][0]
-    print(f"\n{first['rows']} rows of mixed length, the longest {first['longest']} tokens, one thread, best of {repeats}")
-    print(f'{"":32} {"tokens/CPU s":>13} {"tokens/s":>9} {"beside TRL":>10} {"steps":>6} {"peak MB over start":>19}')
+                run = json.loads(child.stdout.splitlines()[-1])
+                found[way].append(run)
+                if way == DEFAULTS: packs = max(1, int(run['all'] / run['steps'] / run['longest'])) # A step takes no more tokens than theirs with padding
+    print_speed(found, count, mixture, repeats)
+
+def print_speed(found, count, mixture, repeats):
+    plain = found[DEFAULTS][0]
+    best = max(run['busy'] for run in found[DEFAULTS])
+    print(f"\n{count} rows with the lengths of the demo's {mixture} set: {plain['rows']:,} tokens, the longest row {plain['longest']}; one thread, best of {repeats}")
+    print('bound: how much less goes through the model than with the defaults; reached: tokens of rows per processor second beside the defaults')
+    print(f'{"":32} {"a step":>8} {"steps":>6} {"padding":>8} {"bound":>6} {"reached":>8} {"tokens/CPU s":>13} {"tokens/s":>9} {"peak MB over start":>19}')
     for way, runs in found.items():
-        best = max(run['busy'] for run in runs)
-        wall, peak = max(run['wall'] for run in runs), min(run['peak'] for run in runs)
-        print(f"{way:32} {best:13,.0f} {wall:9,.0f} {best / plain:10.2f} {runs[0]['steps']:6} {peak:19,.0f}", flush=True)
+        first, busy, wall = runs[0], max(run['busy'] for run in runs), max(run['wall'] for run in runs)
+        size = f"{first['batch']} {'packs' if 'packed' in way else 'rows'}"
+        print(f"{way:32} {size:>8} {first['steps']:6} {100 * (1 - first['rows'] / first['all']):6.1f} % {plain['all'] / first['all']:6.2f} "
+              f"{busy / best:8.2f} {busy:13,.0f} {wall:9,.0f} {min(run['peak'] for run in runs):19,.0f}", flush=True)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--seeds', type=int, default=3, help='0: leave the first part out')
     parser.add_argument('--rows', type=int, default=400, help='rows of the second part; 0: leave it out')
     parser.add_argument('--repeats', type=int, default=2)
+    parser.add_argument('--mixture', choices=LENGTHS, default='base', help='whose lengths the rows have')
     parser.add_argument('--measure', help=argparse.SUPPRESS)
     parser.add_argument('--folder', help=argparse.SUPPRESS)
+    parser.add_argument('--packs', type=int, default=1, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.measure: return measure(arguments.measure, arguments.folder, arguments.rows)
+    if arguments.measure: return measure(arguments.measure, arguments.folder, arguments.rows, arguments.mixture, arguments.packs)
     if arguments.seeds:
         import torch
         torch.set_num_threads(1)
         learning(arguments.seeds)
-    if arguments.rows: speed(arguments.rows, arguments.repeats)
+    if arguments.rows: speed(arguments.rows, arguments.repeats, arguments.mixture)
 
 if __name__ == '__main__': main()

@@ -44,6 +44,7 @@ class Flags:
     malformed: float = 0.0 # ... half of the JSON, with status 200
     hung: float = 0.0 # ... nothing
     retry_after: float = 0.1 # Seconds that a 429 asks for; 0: it names none
+    idle: float = 0.0 # Seconds after which a connection that carries no call is closed without a word; 0: never
     allow: int = 0 # So many calls may be under way, more get 429; 0: any number
     key: str = '' # Other keys get 401
     model: str = '' # Other models get 404
@@ -87,7 +88,9 @@ class Connection(asyncio.Protocol):
 
     def leave(self):
         if self.counts: self.counts.under_way -= 1
-        self.counts = None
+        self.counts, idle = None, self.server.flags.idle
+        if idle and not self.transport.is_closing():
+            self.timer = asyncio.get_running_loop().call_later(idle, self.transport.close)
 
     def data_received(self, data):
         self.buffer += data
@@ -134,6 +137,7 @@ class Loopback:
         counts.under_way += 1
         counts.most_under_way = max(counts.most_under_way, counts.under_way)
         connection.counts = counts
+        if connection.timer: connection.timer.cancel()
         data = json.loads(body)
         users = [turn['content'] for turn in data['messages'] if turn['role'] == 'user'] or ['']
         prompt = users[0]

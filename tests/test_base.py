@@ -4,13 +4,16 @@ import json
 import random
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from kyara import base
+from kyara.cluster import RayEngine
 from kyara.core import UserError, dialogue, finish_stage, read_rows, write_rows
 from kyara.zh import fold_script
+from nodes import environment, ray_nodes
 
 PLAIN = '玉山主峰海拔3,952公尺，是臺灣最高的山峰，也是玉山國家公園的核心。'
 
@@ -408,3 +411,27 @@ def test_a_sentence_that_answers_an_item_is_no_leak():
     index = base.ItemIndex([('a', '何人呼籲在繁殖季節立法禁止狩獵來保護動物？')])
     assert index.find('他呼籲在繁殖季節立法禁止狩獵來保護動物，法案後來通過。') == ''
     assert index.find('請回答：何人曾經呼籲在繁殖季節立法禁止狩獵來保護動物？') == 'a'
+
+
+def test_a_cluster_writes_the_same_files(tmp_path, monkeypatch):
+    "The base set, and what a reward model says, by two Ray workers and by none."
+    from kyara.reward import make_random_reward_model, open_reward_model, reward_scores
+    from kyara.cluster import over_shards
+    chance, originals = random.Random(4), texts(500)
+    rows = [talk(f'請介紹第{n % 7}件事。', text) for n, text in enumerate([*originals, *originals[:20], *(change(text, 0.05, chance) for text in originals[:40])])]
+    rows += [talk('为什么要分类？', '垃圾分类可以让资源循环利用，减少焚烧对环境的影响。', lang='zh-CN'), talk('笑一個。', '哈' * 40), {'text': '只有文章'}]
+    source = write_lines(tmp_path / 'rows.jsonl', rows)
+    held_out = write_lines(tmp_path / 'items.jsonl', [{'id': f'i{n}', 'question': text[:90] + '？'} for n, text in enumerate(originals[:9])])
+    make_random_reward_model(tmp_path / 'reward')
+    worked, real = [], RayEngine.map
+    monkeypatch.setattr(RayEngine, 'map', lambda engine, function, *rest, **how: worked.append(function) or real(engine, function, *rest, **how))
+    def made(name):
+        counts = run(tmp_path / name, [source], held_out=[str(held_out)], simplified='convert')
+        score = partial(reward_scores, open_reward_model(tmp_path / 'reward'))
+        files = sorted(path for path in (tmp_path / name).rglob('*') if path.is_file())
+        return counts, {str(path.relative_to(tmp_path / name)): path.read_bytes() for path in files}, list(over_shards(score, rows[:20], size=8))
+    alone = made('alone')
+    assert not worked and {'near_duplicate', 'duplicate', 'repetition', 'unknown_layout'} < alone[0].keys() and len(alone[1]) == 5
+    with ray_nodes(tmp_path) as nodes, environment(KYARA_ENGINE=json.dumps({'name': 'ray', 'address': nodes.address, 'workers': 2})):
+        together = made('together')
+    assert len(worked) == 7 and together == alone

@@ -266,13 +266,65 @@ def test_shared_prefixes_change_no_choice(student, tmp_path):
     transcripts = run_choices(TRUTHFULQA_MC2, items, student)
     stored = [{'id': row['item_id'], 'labels': list(item['row']['mc2_targets'].values()), 'loglikelihoods': json.loads(row['reply'])}
               for row, item in zip(transcripts, items)]
-    want = score_rows('truthfulqa', stored, 'mc2')[0]['score']
+    want = score_rows('truthfulqa', stored, 'mc2', partial=True)[0]['score']
     assert figures(named(transcripts))['kyara']['truthfulqa-mc2']['score'] == pytest.approx(want, abs=0.02)
 
 def test_truthfulqa_as_the_hub_writes_it(tmp_path):
     lists = [{**row, **{name: {'choices': list(row[name]), 'labels': list(row[name].values())} for name in ('mc1_targets', 'mc2_targets')}} for row in TRUTHFUL]
     plain, hub = (read_items(TRUTHFULQA, write(tmp_path/f'{name}.jsonl', rows), partial=True)[0] for name, rows in (('a', TRUTHFUL), ('b', lists)))
     assert [(item['messages'], item['gold'], item['row']['mc2_targets']) for item in plain] == [(item['messages'], item['gold'], item['row']['mc2_targets']) for item in hub]
+
+# Sets of the hub, in the columns and types that they have there
+
+def hub_set(folder, parts, form='parquet'):
+    "Make a folder as a data set of the hub is laid out: a card with its configurations, and a file for each split."
+    import datasets
+    lines = ['---', 'license: mit', 'configs:']
+    for (config, split), rows in parts.items():
+        place = f'{config}/{split}-00000-of-00001.{form}'
+        (folder/config).mkdir(parents=True, exist_ok=True)
+        data = datasets.Dataset.from_list(rows)
+        data.to_parquet(folder/place) if form == 'parquet' else data.to_csv(folder/place, index=False)
+        lines += [f'- config_name: {config}', '  data_files:', f'  - split: {split}', f'    path: {place}']
+    (folder/'README.md').write_text('\n'.join([*lines, '---', '']), encoding='utf-8')
+    return f'hf:{folder}'
+
+SOLUTION = {'header': ['House', '姓名', '飲料'], 'rows': [['1', '阿明', '咖啡'], ['2', '小美', '茶']]}
+TARGETS = {'choices': ['會長出西瓜', '什麼事也不會發生'], 'labels': [0, 1]}
+HUB = [('gsm8k', 'main', 'test', {'question': '3加4是多少？', 'answer': '3 + 4 = <<3+4=7>>7\n#### 7'}, '7'),
+       ('math-l5', 'default', 'train', {'id': 0, 'problem': '3加4是多少？', 'answer': '7', 'url': 'https://example.org'}, '7'),
+       ('crux', 'default', 'test', {'code': 'def f(text):\n    return text', 'input': "'茶'", 'output': "'茶'", 'id': 'sample_0'}, "'茶'"),
+       ('mmlu-redux', 'mmlu-redux', 'test', {'id': 'anatomy-#0', 'question': '？', 'choices': ['甲', '乙', '丙', '丁'], 'correct_answer': '丙'}, 'C'),
+       ('mmlu-redux', 'anatomy', 'test', {'question': '？', 'choices': ['甲', '乙', '丙', '丁'], 'answer': 2, 'error_type': 'ok', 'correct_answer': None}, 'C'),
+       ('zebra-grid', 'grid_mode', 'test', {'id': 'lgp-test-2x2-0', 'size': '2*2', 'puzzle': '？', 'solution': SOLUTION, 'created_at': '2024'}, '4 cells'),
+       ('truthfulqa', 'multiple_choice', 'validation', {'question': '？', 'mc1_targets': TARGETS, 'mc2_targets': TARGETS}, '什麼事也不會發生'),
+       ('tmmluplus', 'physics', 'test', {'question': '？', 'A': '甲', 'B': '乙', 'C': '丙', 'D': '丁', 'answer': 'B'}, 'B'),
+       ('tmmluplus', 'tmmluplus-physics', 'test', {'id': 'x', 'question': '？', 'A': '甲', 'B': '乙', 'C': '丙', 'D': '丁', 'answer': 'B', 'subject': 'physics'}, 'B'),
+       ('chinese-reason-bench', 'default', 'test', {'question': '誰最矮？', 'answer': '丙'}, '丙')]
+
+@pytest.mark.parametrize('name,config,split,row,gold', HUB, ids=lambda value: value if isinstance(value, str) else '')
+def test_sets_of_the_hub_are_read(name, config, split, row, gold, tmp_path):
+    place = hub_set(tmp_path, {(config, split): [row] * 3 if 'id' not in row else [row]})
+    items, dropped = read_items(find_benchmark(name), f'{place}?config={config}&split={split}', partial=True)
+    assert [item['gold'] for item in items] == [gold] * (1 if 'id' in row else 3) and not dropped
+    assert items[0]['messages'][0]['content'].strip() and (name != 'tmmluplus' or items[0]['id'].startswith('physics/'))
+
+def test_the_subjects_of_tmmluplus_are_configurations(tmp_path):
+    row = {'question': '？', 'A': '甲', 'B': '乙', 'C': '丙', 'D': '丁', 'answer': 'B'}
+    place = hub_set(tmp_path, {(name, 'test'): [row] * 2 for name in ('physics', 'ttqav2', 'linear_algebra', 'readme')}, 'csv')
+    items, _ = read_items(TMMLUPLUS, f'{place}?split=test')
+    assert [item['id'] for item in items] == [f'{name}/{number}' for name in ('linear_algebra', 'physics', 'ttqav2') for number in (0, 1)]
+
+def test_a_set_without_its_solutions_or_its_files_is_no_benchmark(tmp_path):
+    blank = {**SOLUTION, 'rows': [[house, '___', '___'] for house, *_ in SOLUTION['rows']]}
+    place = hub_set(tmp_path/'blank', {('grid_mode', 'test'): [{'id': 'lgp-test-2x2-0', 'puzzle': '？', 'solution': blank}]})
+    items, dropped = read_items(ZEBRA, f'{place}?config=grid_mode&split=test', partial=True)
+    assert not items and [row['drop_reason'] for row in dropped] == ['no_gold']
+    place = hub_set(tmp_path/'cut', {(name, 'test'): [{'question': '？', 'answer': '#### 7'}] for name in ('main', 'more')})
+    (tmp_path/'cut/main/test-00000-of-00001.parquet').write_bytes(b'PAR1')
+    with pytest.raises(UserError, match='cannot be read|would not be all there'): read_items(GSM8K, f'{place}?config=main&split=test', partial=True)
+    for name in ('mt-bench', 'mt-bench-tw', 'arena-hard', 'alignbench'):
+        with pytest.raises(UserError, match='are files; fetch them'): read_items(find_benchmark(name), f'{place}?split=test')
 
 def test_rows_that_do_not_say_the_right_choice_are_dropped(tmp_path):
     row = {'id': '1', 'question': '？', 'choices': ['甲', '乙']}
@@ -287,6 +339,52 @@ def test_answers_of_one_token_and_of_several_share_no_batch(student):
     assert sorted(len(prompt) for batch in batches for prompt, _ in batch) == [10, 11, 20, 21, 22, 23, 24, 40]
     # Letters count once a prompt, texts once an answer; a prompt half as long again begins a batch of its own.
     assert [[len(prompt) for prompt, _ in batch] for batch in batches] == [[10], [20, 21, 22], [40], [11], [23, 24]]
+
+# Each of them, from a model to its figure
+
+def items_of_all(folder):
+    "Write two items of our own for each benchmark, and name their places."
+    rows = {name: [row, {**row, 'id': 'lgp-test-4x4-1' if name == 'zebra-grid' else '2'}] for name, *_, row, _ in HUB}
+    turn = lambda role, text: [{'role': role, 'content': text}]
+    rows['math-held-out'] = [{'id': str(number), 'messages': turn('user', '臺灣有3座山，又有4座，共有幾座？') + turn('assistant', '答案：7')} for number in (1, 2)]
+    rows['preference-held-out'] = [{'id': str(number), 'prompt': turn('user', '玉山有多高？'), 'chosen': turn('assistant', '3,952公尺'),
+                                    'rejected': turn('assistant', '不知道')} for number in (1, 2)]
+    rows['alpaca_eval'] = [{'instruction': f'用{number}句話介紹玉山。', 'output': '玉山很高。'} for number in (1, 2)]
+    places = {name: str(write(folder/f'{name}.jsonl', own)) for name, own in rows.items()}
+    align = folder/'align'
+    bench, arena = folder/'bench', folder/'arena'
+    questions = [{'question_id': number, 'category': name, 'turns': ['1+1？', '再加1？']} for number, name in ((81, 'writing'), (101, 'math'))]
+    names = [f'single-{math}v1{turns}' for math in ('', 'math-') for turns in ('', '-multi-turn')]
+    for name, own in (('question', questions), ('reference_answer', [{'question_id': 101, 'choices': [{'turns': ['2', '3']}]}]),
+                      ('judge_prompts', [{'name': name, 'system_prompt': '評分。', 'prompt_template': '{question}{answer}'} for name in names])):
+        write(bench/f'{name}.jsonl', own)
+    write(arena/'question.jsonl', [{'uid': str(number), 'prompt': '推薦一道小吃。'} for number in (1, 2)])
+    write(arena/'gpt-4-0314.jsonl', [{'uid': str(number), 'messages': turn('assistant', '牛肉湯。')} for number in (1, 2)])
+    places |= {'arena-hard': str(arena), 'mt-bench': str(bench), 'alignbench': str(align_folder(align))}
+    family = lambda name: max((known for known in places if name.startswith(known)), key=len)
+    return {name: places[family(name)] for name in BENCHMARKS}
+
+VERDICTS = {'mt-bench': '[[7]]', 'mt-bench-tw': '[[7]]', 'arena-hard': '[[B>A]]', 'alpaca_eval': 'm', 'chinese-reason-bench': '{"judge_score": 7}'}
+
+def test_every_benchmark_goes_from_a_model_to_its_figure(student, tmp_path):
+    paths = items_of_all(tmp_path)
+    transcripts, dropped, cost = evaluate_models({'學生': student}, paths, tmp_path/'ledger.sqlite', max_tokens=4, partial=True)
+    assert not dropped and not cost and {row['benchmark'] for row in transcripts} == BENCHMARKS.keys()
+    judgements = []
+    for name, benchmark in BENCHMARKS.items():
+        if not benchmark.judge: continue
+        own = [row for row in transcripts if row['benchmark'] == name]
+        judge = Scripted([VERDICTS.get(name, "{'综合得分': 7}")] * 20)
+        judgements += named(run_judging(benchmark, read_items(benchmark, paths[name], partial=True)[0], own, judge)[0], '學生')
+    scores = figures(transcripts, judgements=judgements)['學生']
+    assert scores.keys() == BENCHMARKS.keys()
+    for name, figure in scores.items():
+        assert figure['low'] <= figure['score'] <= figure['high'] and figure['rule'] and 0 <= figure['truncated'] <= 100, (name, figure)
+        assert figure.get('partial', False) == bool(BENCHMARKS[name].items) and figure['n'] == len(read_items(BENCHMARKS[name], paths[name], partial=True)[0])
+    assert [scores[name]['score'] for name in ('mt-bench', 'alignbench', 'alignbench-twp', 'chinese-reason-bench', 'arena-hard')] == [7, 7, 7, 7, 50]
+    for form in (comparison_table, comparison_latex, comparison_html):
+        table = form({'學生': scores})
+        assert all(name.replace('_', r'\_' if form is comparison_latex else '_') in table for name in BENCHMARKS)
 
 def test_letters_by_log_likelihood(student, tmp_path):
     rows = [{'id': str(number), 'subject': 'physics', 'question': f'第{number}題', 'A': '雪山', 'B': '玉山', 'C': '合歡山', 'D': '大霸尖山', 'answer': 'B'}

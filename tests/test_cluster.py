@@ -1,14 +1,16 @@
 "Beyond one machine: real Ray nodes as processes, one of them killed; a ledger and limits for all of them."
+import functools
 import json
 import os
 import time
+from contextlib import contextmanager
 
 import pytest
 from loopback import ECHO, serve
 from nodes import at_work, ray_nodes
 
-from kyara.cluster import (Failed, LocalEngine, Office, RayEngine, RemoteLedger, Store, ask_in_shards, caller, map_to_store,
-                           open_office)
+from kyara.cluster import (Failed, LocalEngine, Office, RayEngine, RemoteLedger, Store, ask_in_shards, caller, cluster_of,
+                           open_office, over_shards, read_engine, shard_table)
 from kyara.core import ModelSettings, UserError
 from kyara.ledger import Ledger
 from kyara.llm import Request, ask_each
@@ -105,14 +107,14 @@ def test_office_that_dies_comes_back(nodes, tmp_path):
 
 def always(shard):
     if '壞' in shard: raise RuntimeError('這一片總是失敗')
-    return {'rows': [{'text': text} for text in shard]}
+    return [{'text': text, 'span': (0, len(text))} for text in shard]
 
 
 def test_shard_that_always_fails(nodes, tmp_path):
     "It is tried, then named; all others are finished, and the ledger loses nothing."
     for engine in (LocalEngine(), RayEngine(2)):
         got = list(engine.map(always, [['好'], ['壞'], ['也好']], attempts=2))
-        assert [type(one) for one in got] == [dict, Failed, dict] and '總是失敗' in got[1].reason, got
+        assert [type(one) for one in got] == [list, Failed, list] and '總是失敗' in got[1].reason, got
 
 
 class Broken:
@@ -193,49 +195,137 @@ def bucket():
         process.wait()
 
 
+@contextmanager
+def working(**engine):
+    "Work as a stage does whose run was started with this engine."
+    with cluster_of(read_engine(engine)): yield
+
+
+def noted(texts, book):
+    "Do what `always` does, and note it down."
+    with open(book, 'a') as file: file.write('x')
+    return always(texts)
+
+
 def test_finished_shards_on_s3(bucket, tmp_path, monkeypatch):
-    "The same bytes as in a folder; what is finished is not made again; a changed shard is."
-    import pyarrow as pa
+    "The same results from the bucket as from work; what went in decides, and nothing is made twice."
     monkeypatch.setenv('AWS_ACCESS_KEY_ID', 'test')
     monkeypatch.setenv('AWS_SECRET_ACCESS_KEY', 'test')
-    schemas, work = {'rows': pa.schema([('text', pa.string())])}, [['玉山', '雪山'], ['濁水溪']]
-    here = list(map_to_store(always, work, schemas, Store(str(tmp_path / 'here')), LocalEngine(), 'v1'))
-    there = list(map_to_store(always, work, schemas, Store(bucket), LocalEngine(), 'v1'))
-    assert here == there and [one['made'] for one in there] == [True, True]
-    again = list(map_to_store(always, [work[0], ['高屏溪']], schemas, Store(bucket), LocalEngine(), 'v1'))
-    assert [one['made'] for one in again] == [False, True]
-    assert Store(bucket).read('rows/part-00000.parquet') == (tmp_path / 'here/rows/part-00000.parquet').read_bytes()
+    texts, book = ['玉山', '雪山', '濁水溪', '高屏溪'], tmp_path / 'book'
+    work = functools.partial(noted, book=str(book))
+    with working(store=bucket):
+        first = list(over_shards(work, texts, size=2))
+        assert list(over_shards(work, texts, size=2)) == first == always(texts) and book.read_text() == 'xx'
+        list(over_shards(work, [*texts[:2], '大甲溪'], size=2))
+    assert book.read_text() == 'xxx'
+    row, = shard_table(Store(bucket))
+    assert row['function'] == 'test_cluster.noted' and row['shards'] == 3
 
 
-def test_shard_killed_while_it_writes_is_made_again(tmp_path):
-    "Without its manifest a shard is not finished, whatever lies there."
-    import pyarrow as pa
-    schemas, store = {'rows': pa.schema([('text', pa.string())])}, Store(str(tmp_path))
-    first, = map_to_store(always, [['玉山']], schemas, store, LocalEngine(), 'v1')
-    (tmp_path / 'shards/00000.json').unlink()
-    (tmp_path / 'rows/part-00000.parquet').write_bytes(b'PAR1')
-    again, = map_to_store(always, [['玉山']], schemas, store, LocalEngine(), 'v1')
-    assert again == first and again['made']
+def test_what_cannot_be_written_down_is_made_each_time(tmp_path):
+    "Neither a pickle nor a wrong key: a set in the result, a lambda among the arguments, an object that went in."
+    with working(store=str(tmp_path / 'store')):
+        assert list(over_shards(as_sets, ['玉山'])) == [{'玉', '山'}]
+        assert list(over_shards(functools.partial(changed, by=lambda text: text * 2), ['玉山'])) == ['玉山玉山']
+        assert list(over_shards(named, [Failed('x')])) == ['Failed']
+        assert list(over_shards(functools.partial(changed, by=str.upper), ['jade'])) == ['JADE']
+        assert list(over_shards(functools.partial(changed, by=str.title), ['jade'])) == ['Jade']
+    assert not shard_table(Store(str(tmp_path / 'store')))
+
+
+def as_sets(texts): return [set(text) for text in texts]
+def changed(texts, by): return [by(text) for text in texts]
+def named(things): return [type(thing).__name__ for thing in things]
+
+
+def test_damaged_shard_is_made_again(tmp_path):
+    "Cut, changed or foreign bytes are not taken for a result."
+    with working(store=str(tmp_path)):
+        right = list(over_shards(always, ['玉山']))
+        place, = tmp_path.rglob('*.json.gz')
+        whole = place.read_bytes()
+        for damaged in (b'', whole[:-9], b'PAR1', whole[:-12] + bytes([whole[-12] ^ 1]) + whole[-11:]):
+            place.write_bytes(damaged)
+            assert list(over_shards(always, ['玉山'])) == right and place.read_bytes() == whole
+
+
+SLOW = '''
+import time
+def slow(texts):
+    with open({book!r}, 'a') as book: book.write(texts[0])
+    time.sleep(0.3)
+    return [text * 2 for text in texts]
+'''
+
+
+def test_run_killed_in_the_middle_goes_on_from_its_shards(tmp_path):
+    "After SIGKILL at most one shard is made again, also by another process with the same store."
+    import signal
+    import subprocess
+    import sys
+    book = tmp_path / 'book'
+    (tmp_path / 'slowly.py').write_text(SLOW.format(book=str(book)))
+    script = f'''
+import slowly
+from kyara.cluster import cluster_of, over_shards, read_engine
+with cluster_of(read_engine({{'store': {str(tmp_path / 'store')!r}}})): print(''.join(over_shards(slowly.slow, 'ABCDEFGH', size=1)))
+'''
+    command = [sys.executable, '-c', script]
+    process = subprocess.Popen(command, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not book.exists() or len(book.read_text()) < 4: assert time.monotonic() < deadline and process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = len(book.read_text())
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == 'AABBCCDDEEFFGGHH', done.stderr
+    assert before < 8 and 8 <= len(book.read_text()) <= 9, book.read_text()
 
 
 def test_storage_that_fills_up(tmp_path):
-    "One line that names the place; what was finished stays, and the rest is made where there is room."
+    "One line that names the place; what was finished stays, and no half of a file."
     import subprocess
     import sys
+    (tmp_path / 'large.py').write_text("""
+from kyara.core import content_hash
+def large(sizes): return [[content_hash([size, n], 64) for n in range(size)] for size in sizes]
+""")
     script = f'''
-import json, resource
+import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-import pyarrow as pa
-from kyara.cluster import LocalEngine, Store, map_to_store
-from kyara.core import UserError, content_hash
-def large(size): return {{'rows': [{{'text': content_hash([size, n], 64)}} for n in range(size)]}}
+import large
+from kyara.cluster import cluster_of, over_shards, read_engine
+from kyara.core import UserError
 try:
-    for one in map_to_store(large, [10, 2000, 20], {{'rows': pa.schema([('text', pa.string())])}}, Store({str(tmp_path)!r}), LocalEngine(), 'v1'): pass
+    with cluster_of(read_engine({{'store': 'store'}})): list(over_shards(large.large, [10, 2000, 20], size=1))
 except UserError as error: print(error)
 '''
-    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=120)
-    assert 'part-00001.parquet cannot be written' in done.stdout and 'make room' in done.stdout, done.stdout + done.stderr[-2000:]
-    assert (tmp_path / 'shards/00000.json').exists() and not (tmp_path / 'shards/00001.json').exists()
+    done = subprocess.run([sys.executable, '-c', script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert 'cannot be written' in done.stdout and 'make room' in done.stdout, done.stdout + done.stderr[-2000:]
+    assert len([path for path in (tmp_path / 'store').rglob('*') if path.is_file()]) == 1
+
+
+def test_shards_of_a_stage_on_workers(nodes, tmp_path):
+    "On Ray as here; a shard that always fails stops the stage when all others are kept, or leaves what stands for it."
+    texts = [f'第{number}座山' for number in range(20)]
+    ray_engine = dict(name='ray', address=nodes.address, workers=2, store=str(tmp_path / 'store'))
+    lost = lambda text, reason: f'{text}: {reason}'
+    with cluster_as_joined(nodes, ray_engine):
+        assert list(over_shards(always, texts, size=3)) == always(texts)
+        with pytest.raises(UserError, match='1 shards failed for good .*總是失敗'):
+            list(over_shards(always, [*texts[:3], '壞', *texts[3:]], size=3, failed=lost))
+        kept = shard_table(Store(str(tmp_path / 'store')))[0]['shards']
+        assert kept == 7 + 6, kept # The first shard of both is the same, and the one with 壞 is missing
+    with cluster_as_joined(nodes, {**ray_engine, 'failed_shards': 'drop'}):
+        got = list(over_shards(always, ['山', '壞', '水'], size=1, failed=lost))
+    assert got[0] == always(['山'])[0] and got[2] == always(['水'])[0] and got[1].startswith('壞: RuntimeError'), got
+
+
+@contextmanager
+def cluster_as_joined(nodes, engine):
+    "As `cluster_of`, which would leave the cluster at its end."
+    from nodes import environment
+    with environment(KYARA_ENGINE=json.dumps(read_engine(engine))): yield
 
 
 # Clocks and addresses
@@ -302,30 +392,50 @@ def run_in(folder, recipe, *sets):
 
     from nodes import light_start
     nbs = Path(__file__).parent.parent / 'nbs'
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     environment = {**os.environ, **light_start(folder)}
     done = subprocess.run([sys.executable, '-c', RUN, str(recipe), str(nbs), str(folder), *sets], capture_output=True, text=True,
                           timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    return {stage: json.loads((folder / 'tiny' / stage / 'manifest.json').read_text()) for stage in ('index', 'synthesis')}
+    return done.stdout, {path.parent.name: json.loads(path.read_text()) for path in (folder / 'tiny').glob('*/manifest.json')}
+
+
+RECIPE = """
+stages:
+  index: {notebook: 10_index, sources: ['sample:corpus'], max_documents: 8}
+  math: {notebook: 12_math, max_problems: 24, held_out: 4, solvers: [offline, offline, offline-careless]}
+  synthesis: {notebook: 11_synthesis, index: '{index}', max_chunks: 6, questions_per_chunk: 2, k: 2}
+  base: {notebook: 13_base, sources: ['{synthesis}', '{math}'], held_out: ['{math}/held_out']}
+  curation: {notebook: 14_curation, sources: ['{base}'], max_rows: 12}
+  preference: {notebook: 16_preference, sources: ['{curation}'], prompts: ['{math}'], outcomes: ['{math}'], public: [], max_prompts: 4,
+               calibration: [], held_out_items: ['{math}/held_out'], held_out: 2, max_tokens: 64}
+  evaluation: {notebook: 18_evaluation, models: {teacher: offline}, benchmarks: {math-held-out: '{math}/held_out'}}
+"""
 
 
 def test_recipe_on_ray_gives_the_same_artifacts(nodes, tmp_path):
-    "`engine: ray` changes neither an artifact nor a count nor a parameter of a manifest."
-    recipe = tmp_path / 'tiny.yaml'
-    recipe.write_text("""
-stages:
-  index: {notebook: 10_index, sources: ['sample:corpus'], max_documents: 8}
-  synthesis: {notebook: 11_synthesis, index: '{index}', max_chunks: 6, questions_per_chunk: 2, k: 2}
-""")
-    alone = run_in(tmp_path / 'alone', recipe)
-    together = run_in(tmp_path / 'together', recipe, 'engine=ray', f'engine.address={nodes.address}', 'engine.workers=2')
-    for manifests in (alone, together): del manifests['synthesis']['params']['index'] # The folder of that run
-    assert alone['synthesis'] == together['synthesis'] and alone['synthesis']['counts']['kept'] > 3, together['synthesis']['counts']
+    "`engine: ray` changes neither an artifact nor a count nor a parameter; another machine takes all of it from the store."
+    recipe, store = tmp_path / 'tiny.yaml', f'engine.store={tmp_path / "store"}'
+    recipe.write_text(RECIPE)
+    _, alone = run_in(tmp_path / 'alone', recipe)
+    _, together = run_in(tmp_path / 'together', recipe, 'engine=ray', f'engine.address={nodes.address}', 'engine.workers=2', store)
+    assert len(alone) == 7 and alone['synthesis']['counts']['kept'] > 3 and alone['math']['counts']['kept'] > 3, alone
+    assert all(manifest['outputs'] for manifest in alone.values())
+    for stage in alone: assert without_folders(alone[stage], 'alone') == without_folders(together[stage], 'together'), stage
     assert caller(open_office())('places').count(str(tmp_path / 'together/ledger.sqlite')) == 1
     with Ledger(tmp_path / 'alone/ledger.sqlite') as one, Ledger(tmp_path / 'together/ledger.sqlite') as other:
         calls = [{entry.call_id for entry in ledger.entries()} for ledger in (one, other)]
-    assert calls[0] == calls[1] and len(calls[0]) > 30
+    assert calls[0] == calls[1] and len(calls[0]) > 100, len(calls[0])
+    functions = {row['function'].split('.')[1] for row in shard_table(Store(str(tmp_path / 'store')))}
+    assert {'synthesis', 'evidence'} <= functions, functions
+    (tmp_path / 'together/tiny').rename(tmp_path / 'elsewhere')
+    said, again = run_in(tmp_path / 'together', recipe, store)
+    assert said.count('taken from the store') == 7 and again == together, said
+
+
+def without_folders(manifest, folder):
+    "Leave out where the run lay."
+    return json.loads(json.dumps(manifest).replace(f'/{folder}/', '/'))
 
 
 # What it would take

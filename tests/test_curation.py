@@ -7,7 +7,6 @@ import yaml
 
 from kyara import curation
 from kyara.core import UserError, details, dialogue, read_rows
-from kyara.curation import Candidate
 from kyara.labels import Label, save_labels
 from kyara.llm import Client, Parsed, Reply
 from kyara.reward import make_random_reward_model, open_reward_model
@@ -25,6 +24,14 @@ def talk(question, answer, task='knowledge_qa', **meta):
 def run(folder, sources=(ROWS,), **changes):
     return curation.curate(folder / 'curation', sources=[str(source) for source in sources], ledger=str(folder / 'ledger.sqlite'),
                            **{**DEFAULTS, **changes})
+
+
+def candidates(rows, seed=0):
+    "Rows of a name, a task, tags, scores and perhaps tokens, ready for selection."
+    found = curation.Candidates(seed)
+    for number, (name, *rest) in enumerate(rows): found.add(f'{name}{number}', *rest)
+    curation.place_candidates(found)
+    return found
 
 
 class Scripted:
@@ -68,24 +75,24 @@ def test_rows_without_readable_scores_are_dropped():
 
 
 def test_no_scorer_picks_alone():
-    rows = [Candidate(f'r{n}', 'qa', ['地理'], {'judge': n, 'style': 1.0 if n < 9 else 0.0}) for n in range(10)]
-    curation.place_candidates(rows)
-    verdicts = dict(zip((one.row_id for one in rows), curation.select(rows, floor=0.2)))
+    rows = candidates(('r', 'qa', ['地理'], {'judge': n, 'style': 1.0 if n < 9 else 0.0}) for n in range(10))
+    verdicts = dict(zip((f'r{n}' for n in range(10)), curation.select(rows, floor=0.2)))
     assert verdicts['r9'] == ('few_votes', 'judge 1.00, style 0.10'), 'the best of the judge, the worst of the rules'
     assert verdicts['r0'][0] == 'few_votes' and verdicts['r8'] == ('', '')
 
 
 def test_selection_balances_groups_and_keeps_quotas():
-    rows = [Candidate(f'm{n}', 'math', ['數學'], {'judge': n, 'style': n}) for n in range(50)]
-    rows += [Candidate(f'g{n}', 'qa', ['地理', '查詢'], {'judge': n, 'style': n}) for n in range(5)]
-    rows += [Candidate(f'h{n}', 'qa', ['歷史', '查詢'], {'judge': n, 'style': n}) for n in range(5)]
-    curation.place_candidates(rows)
-    pick = lambda **how: [one.row_id for one, (reason, _) in zip(rows, curation.select(rows, floor=0.0, **how)) if not reason]
+    kinds = [('m', 'math', ['數學'], 50), ('g', 'qa', ['地理', '查詢'], 5), ('h', 'qa', ['歷史', '查詢'], 5)]
+    names = [f'{name}{n}' for name, _, _, count in kinds for n in range(count)]
+    def pick(seed=0, score=float, **how):
+        rows = candidates(((name, task, tags, {'judge': score(n), 'style': score(n)}) for name, task, tags, count in kinds for n in range(count)), seed)
+        return [name for name, (reason, _) in zip(names, curation.select(rows, floor=0.0, **how), strict=True) if not reason]
     assert Counter(name[0] for name in pick(max_rows=12)) == {'m': 4, 'g': 4, 'h': 4}
     assert 'm49' in pick(max_rows=3) and 'm0' not in pick(max_rows=12)
     assert Counter(name[0] for name in pick(quotas={'math': 2, '歷史': 1})) == {'m': 2, 'g': 5, 'h': 1}
     assert Counter(name[0] for name in pick(group_share=0.2))['m'] == 12
-    assert pick(max_rows=20, seed=4) == pick(max_rows=20, seed=4) and len(pick(max_rows=20, seed=5)) == 20
+    equal = [pick(seed, lambda n: 5, max_rows=20) for seed in (4, 4, 5)]
+    assert equal[0] == equal[1] != equal[2] and len(equal[2]) == 20, 'a seed decides between equals'
 
 
 SYSTEM = dialogue([{'role': 'system', 'content': '回答結尾一律加上『謝謝光臨』。'}, {'role': 'user', 'content': '幾點開門？'},
@@ -144,29 +151,29 @@ def test_stage_loses_no_row_and_repeats_itself(tmp_path):
 
 
 def test_tokens_can_be_limited_too():
-    rows = [Candidate(f'm{n}', 'math', ['數學'], {'judge': n, 'style': n}, tokens=40) for n in range(20)]
-    rows += [Candidate(f'g{n}', 'qa', ['地理'], {'judge': n, 'style': n}, tokens=100) for n in range(20)]
-    curation.place_candidates(rows)
-    verdicts = dict(zip((one.row_id for one in rows), curation.select(rows, floor=0.0, max_tokens=500)))
-    picked = [one for one in rows if not verdicts[one.row_id][0]]
-    assert 460 < sum(one.tokens for one in picked) <= 500 and {one.task for one in picked} == {'math', 'qa'}
-    assert Counter(reason for reason, _ in verdicts.values())['over_max_tokens'] == 40 - len(picked)
+    kinds = [('m', 'math', ['數學'], 40), ('g', 'qa', ['地理'], 100)]
+    rows = candidates((name, task, tags, {'judge': n, 'style': n}, tokens) for name, task, tags, tokens in kinds for n in range(20))
+    reasons = [reason for reason, _ in curation.select(rows, floor=0.0, max_tokens=500)]
+    assert 460 < sum(tokens for tokens, reason in zip(rows.tokens, reasons) if not reason) <= 500
+    assert '' in reasons[:20] and '' in reasons[20:] and set(reasons) == {'', 'over_max_tokens'}
 
 
 def test_tokens_are_counted_by_the_tokenizer(tmp_path, reward_folder):
     report = run(tmp_path, max_tokens=2000, tokenizer=str(reward_folder))
     rows = list(read_rows(tmp_path / 'curation'))
-    counted = [one.tokens for one in curation.read_candidates([{**row, 'meta': {**row['meta'], 'score_judge': 5.0}} for row in rows], str(reward_folder))]
+    counted = curation.read_candidates([{**row, 'meta': {**row['meta'], 'score_judge': 5.0}} for row in rows], str(reward_folder)).tokens
     assert report['counts']['over_max_tokens'] and 1000 < sum(counted) <= 2200, 'rewriting may change a few'
 
 
 def test_tags_that_come_together_are_found_and_joined():
     tags = [['數學', '應用題']] * 20 + [['地理', '河流']] * 8 + [['地理', '高山']] * 7 + [['歷史', '地理']] * 2 + [['歷史']] * 8
-    rows = [Candidate(f'r{n}', 'qa', list(names), {'judge': n, 'style': n}) for n, names in enumerate(tags)]
+    rows = curation.Candidates()
+    for n, names in enumerate(tags): rows.add(f'r{n}', 'qa', names, {'judge': n, 'style': n})
     found = curation.place_candidates(rows)
     assert {(one['tag'], one['implies'], one['mutual']) for one in found} == {
         ('數學', '應用題', True), ('應用題', '數學', True), ('河流', '地理', False), ('高山', '地理', False)}
-    assert rows[0].tags == ['應用題'] and rows[20].tags == ['地理', '河流'] and rows[-1].tags == ['歷史'], 'only what is mutual is joined'
+    joined = list(rows.tag_lists())
+    assert joined[0] == ['應用題'] and joined[20] == ['地理', '河流'] and joined[-1] == ['歷史'], 'only what is mutual is joined'
 
 
 def test_tags_that_mean_the_same_are_joined(tmp_path, monkeypatch):
@@ -185,24 +192,36 @@ def test_one_voice_takes_the_mixture_away():
     old += [talk(f'介紹{name}。', f'好的，以下是我的回答：\n\n- 名稱：{name}\n- 特色：{what}\n\n希望對你有幫助！', model='teacher-b') for name, what in rivers]
     new = [text.replace('。', '，值得一去。') for text in plain] + [f'{name}{what}。' for name, what in rivers]
     meters = curation.StyleMeter(), curation.StyleMeter()
-    for row in old: meters[0].add(row['meta']['model'], row['messages'][-1]['content'])
-    for row in curation.rewrite_rows(old, Scripted(*new)): meters[1].add(details(row)['old_model'], row['messages'][-1]['content'])
+    for row, style in zip(old, curation.answer_styles(old)): meters[0].add(row['meta']['model'], style)
+    written = list(curation.rewrite_rows(old, Scripted(*new)))
+    for row, style in zip(written, curation.answer_styles(written)): meters[1].add(details(row)['old_model'], style)
     before, after = (curation.style_spread(meter.table()) for meter in meters)
     assert before == {'lists': 1.0, 'fillers': 1.0, 'same opening': 0.83, 'template': 1.0}, before
     assert after == {'lists': 0.0, 'fillers': 0.0, 'same opening': 0.0, 'template': 0.0}, after
     assert ('好的以下是我的回', 1.0) in meters[0].templates('teacher-b')
 
 
-def test_a_candidate_takes_less_than_a_kilobyte():
+def test_a_candidate_takes_a_hundred_bytes():
     import tracemalloc
     row = talk('玉山多高？', '玉山海拔3,952公尺。', tags=['地理', '高山', '數字'], score_judge=8.0, score_reward=0.5, details={'style': 1.0})
-    rows = ({**json.loads(json.dumps(row)), 'id': f'{number:016x}'} for number in range(1500))
+    rows = ({**json.loads(json.dumps(row)), 'id': f'{number:016x}'} for number in range(4000))
     tracemalloc.start()
-    candidates = curation.read_candidates(rows)
-    curation.place_candidates(candidates)
+    found = curation.read_candidates(rows)
+    curation.place_candidates(found)
+    verdicts = curation.select(found, max_rows=100)
     used = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    assert used / len(candidates) < 1100
+    assert len(verdicts) == len(found) == 4000 and used / len(found) < 150
+
+
+def test_a_scorer_may_be_silent():
+    "Rows that an earlier stage scored, and others, in one set."
+    rows = candidates([('a', 'qa', [], {'judge': 1, 'style': 1}), ('b', 'qa', [], {'judge': 2, 'style': 0.5, 'reward': 3}),
+                       ('c', 'qa', [], {'judge': 3, 'style': 0.2, 'reward': 1})])
+    assert [rows.told(n) for n in range(3)] == ['judge 0.33, style 1.00', 'judge 0.67, reward 1.00, style 0.67', 'judge 1.00, reward 0.50, style 0.33']
+    assert [reason for reason, _ in curation.select(rows, floor=0.4)] == ['few_votes', '', '']
+    assert curation.agreement(rows)['judge and reward']['rank_correlation'] == -1.0
+    assert curation.select(candidates([])) == []
 
 
 class Hub:

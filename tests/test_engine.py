@@ -283,6 +283,100 @@ def test_pace(tmp_path, limit):
     assert stats.last - stats.first > 0.8 * 29 / 20, stats.last - stats.first
 
 
+def test_connections_that_a_server_closes_are_paid_once(tmp_path):
+    "A call every 20 ms, on connections that the server closes after 20 ms: some are lost on the way, none is paid twice."
+    texts = questions(100)
+    with serve(idle=0.02) as server:
+        desk = Desk(tmp_path, server.url, requests_per_minute=3000, concurrency=4)
+        desk.write(texts)
+        assert desk.ask().returncode == 0 and answered(desk, texts)
+        assert server.stats().calls == dict.fromkeys(texts, 1)
+
+
+# Several servers behind one name
+
+
+def test_servers_share_calls_by_load(tmp_path):
+    "Each has about as many under way, so the one that takes ten times as long answers far less."
+    texts = questions(600)
+    with serve(latency=0.03) as fast, serve(latency=0.3) as slow:
+        desk = Desk(tmp_path, f'{fast.url} {slow.url}', concurrency=32)
+        desk.write(texts)
+        assert desk.ask().returncode == 0 and answered(desk, texts)
+        stats = fast.stats(), slow.stats()
+        assert sum(one.requests for one in stats) == 600 and stats[0].requests > 2 * stats[1].requests, [one.requests for one in stats]
+        assert stats[1].requests >= 16 and max(one.most_under_way for one in stats) <= 32
+        desk = Desk(tmp_path, fast.url) # The address is no part of a call's key
+        assert desk.ask().returncode == 0 and sum(one.stats().requests for one in (fast, slow)) == 600
+
+
+def test_one_of_three_servers_is_killed(tmp_path):
+    "The other two take over; twice is paid at most what was under way on the dead one."
+    texts = questions(1200)
+    with serve(latency=0.05) as one, serve(latency=0.05) as two, serve(latency=0.05) as three:
+        desk = Desk(tmp_path, f'{one.url} {two.url} {three.url}', concurrency=48)
+        desk.write(texts)
+        process = desk.start()
+        wait_until(lambda: len(two.stats().whole) >= 60)
+        two.process.kill()
+        before = [len(server.stats().whole) for server in (one, three)]
+        done = finish(process)
+        stats = one.stats(), three.stats()
+    assert done.returncode == 0 and answered(desk, texts), done.stderr[-1000:]
+    assert all(set(one.whole.values()) == {1} for one in stats) and not stats[0].whole.keys() & stats[1].whole.keys()
+    assert 1200 - sum(len(one.whole) for one in stats) >= 60 - 48 and max(before) < 1140, before
+    assert f'{two.url} does not answer' in done.stderr and 'pausing' not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize('how', ['reset', 'refuse', '503', 'hang'])
+def test_one_of_two_servers_is_away_for_a_while(tmp_path, how):
+    "It costs few calls, nothing pauses, and when it is back it gets its share again."
+    texts = questions(1000)
+    with serve(latency=0.05) as steady, serve(latency=0.05, dead_from=0.4, dead_for=1.0, dead_how=how) as shaky:
+        desk = Desk(tmp_path, f'{shaky.url} {steady.url}', concurrency=16, timeout=0.5)
+        desk.write(texts)
+        done = desk.ask()
+        stats = shaky.stats(), steady.stats()
+    assert done.returncode == 0 and answered(desk, texts), done.stderr[-1000:]
+    assert 'pausing' not in done.stderr and stats[0].fates.get('dead', 0) <= 16 + 8, (stats[0].fates, done.stderr)
+    assert paid_again(stats[0]) + paid_again(stats[1]) == 0 and stats[0].last > stats[0].first + 1.4
+
+
+def test_all_servers_are_gone(tmp_path):
+    with socket.socket() as one, socket.socket() as two:
+        for place in (one, two): place.bind(('127.0.0.1', 0))
+        urls = [f'http://127.0.0.1:{place.getsockname()[1]}/v1' for place in (one, two)]
+        desk = Desk(tmp_path, ' '.join(urls))
+        desk.write(questions(40))
+        one_line(desk.ask('--patience', 2), 2, 'does not answer', 'unreachable', *urls)
+
+
+def test_a_busy_server_gives_its_calls_to_another(tmp_path):
+    "And is left alone for as long as it has asked."
+    texts = questions(400)
+    with serve(latency=0.05, allow=4, retry_after=0.4) as small, serve(latency=0.05) as large:
+        desk = Desk(tmp_path, f'{small.url} {large.url}', concurrency=32)
+        desk.write(texts)
+        done = desk.ask()
+        stats = small.stats(), large.stats()
+    assert done.returncode == 0 and answered(desk, texts), done.stderr[-1000:]
+    assert stats[0].early == 0 and stats[0].fates['busy'] > 0 and len(stats[0].whole) > 0, stats[0].fates
+    assert stats[1].most_under_way > 16 and stats[0].requests + stats[1].requests == 400 + stats[0].fates['busy']
+
+
+def test_faults_of_several_servers(tmp_path):
+    texts = questions(1000)
+    faults = dict(busy=0.05, broken=0.05, dropped=0.02, malformed=0.01, hung=0.01)
+    with serve(**faults, seed=1) as one, serve(**faults, seed=2) as two:
+        desk = Desk(tmp_path, f'{one.url} {two.url}', concurrency=64, timeout=1.5)
+        desk.write(texts)
+        done = desk.ask()
+        stats = one.stats(), two.stats()
+    assert done.returncode == 0 and answered(desk, texts), done.stderr[-1000:]
+    assert sum((list(one.whole.values()) for one in stats), []) == [1] * 1000 and 'pausing' not in done.stderr
+    assert min(len(one.whole) for one in stats) > 200, [len(one.whole) for one in stats]
+
+
 # Outcomes that are no answers
 
 

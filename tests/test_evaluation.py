@@ -76,6 +76,19 @@ def test_items_that_stood_in_training_rows_are_found(tmp_path):
     rows = write(tmp_path/'rows.jsonl', [{'id': 'r', 'messages': [turn]}])
     assert contaminated_items(item_texts({'math-held-out': str(path)}), [str(rows)]) == {('math-held-out', '2')}
 
+def test_workers_of_a_cluster_grade_as_this_process_does(tmp_path):
+    pytest.importorskip('ray', reason='pip install "kyara[ray]"')
+    from nodes import environment, ray_nodes
+    items, _ = read_items(MATH_HELD_OUT, write(tmp_path/'items.jsonl', [problem(number, str(number)) for number in range(600)]))
+    replies = [(f'想了想。\n答案：{number}顆' if number % 3 else '不知道', 'stop') for number in range(600)]
+    texts = {('math-held-out', str(number)): f'阿嬤種了{number}排芒果樹，每排7棵，共有幾棵芒果樹？' for number in range(100, 140)}
+    row = lambda number: {'id': str(number), 'messages': [{'role': 'user', 'content': f'請算：阿嬤種了{number}排芒果樹，每排7棵，共有幾棵芒果樹？'}]}
+    rows = str(write(tmp_path/'rows.jsonl', [row(number) for number in range(130, 2400)]))
+    work = lambda: (run_generation(MATH_HELD_OUT, items, Scripted(*replies)), contaminated_items(texts, [rows]))
+    here = work()
+    with ray_nodes(tmp_path) as nodes, environment(KYARA_ENGINE=json.dumps({'name': 'ray', 'workers': 2, 'address': nodes.address})): there = work()
+    assert here == there and len(here[1]) == 10 and 300 < sum(row['score'] for row in here[0][0]) < 500
+
 def test_a_run_in_both_scripts_says_what_the_script_is_worth(tmp_path):
     from kyara.evaluate import script_ablation, script_table
     from kyara.sft import make_student
@@ -97,6 +110,26 @@ def test_models_are_compared_item_by_item():
     rows = [row('甲', number, 0.0) for number in range(30)] + [row('乙', number, float(number < 20)) for number in range(30)]
     got, = difference_rows(figures(rows), rows)
     assert (got['first'], got['second'], got['n']) == ('甲', '乙', 30) and got['low'] > 0 and '**+66.7' in difference_table([got])
+
+def test_a_difference_is_that_of_the_two_figures():
+    "Groups and weights count in it as they do in each figure: TMMLU+ averages subjects, Arena-Hard counts a strong verdict three times."
+    from kyara.metrics import TMMLUPLUS_GROUPS
+    draw, rows = random.Random(0), []
+    subjects = [subject for group in TMMLUPLUS_GROUPS.values() for subject in group]
+    common = {'benchmark': 'tmmluplus', 'extracted': 'A', 'finish_reason': 'stop'}
+    for model, share in (('甲', 0.4), ('乙', 0.6)):
+        rows += [{**common, 'model': model, 'item_id': f'{subject}/{number}', 'score': float(draw.random() < share)}
+                 for place, subject in enumerate(subjects) for number in range(3 + place % 20)]
+    judged = [{'benchmark': 'arena-hard', 'finish_reason': 'stop', 'model': model, 'item_id': f'game1/{number}', 'extracted': verdict, 'score': score}
+              for model, every in (('甲', 3), ('乙', 2)) for number in range(60)
+              for verdict, score in [('B>>A', 1.0) if number % every == 0 else ('A>B', 0.0)]]
+    answers = [{**row, 'item_id': row['item_id'][6:], 'score': None} for row in judged]
+    scores = figures(rows + answers, judgements=judged)
+    for name, scored in (('tmmluplus', rows), ('arena-hard', judged)):
+        got, one, other = paired_difference(scored, name, '甲', '乙'), scores['甲'][name]['score'], scores['乙'][name]['score']
+        assert got['difference'] == pytest.approx(other - one, abs=2e-4) and got['low'] < got['difference'] < got['high']
+        scored = [row for row in scored if name == 'arena-hard' or row['item_id'].startswith('physics/')] # A part has no macro average
+        assert paired_difference(scored, name, '甲', '乙')['n'] == len(scored) // 2
 
 def test_one_model_on_two_scripts(tmp_path):
     row = lambda name, item, score: {'benchmark': name, 'item_id': f'physics/{item}', 'model': 'kyara', 'score': score, 'extracted': 'A', 'finish_reason': 'stop'}
@@ -131,17 +164,17 @@ def test_hostile_text_takes_linear_time(text):
     for extract, score in {(benchmark.extract, benchmark.score) for benchmark in BENCHMARKS.values() if not (benchmark.judge or benchmark.choices)}:
         answer = extract(text, row)
         if answer is not None: score(answer, '7')
-    for benchmark in ('gsm8k', 'crux'): score_rows(benchmark, [{'id': 1, 'answer': '7', 'output': text}], model='Llama-3.1')
-    score_rows('gsm8k', [{'id': 1, 'answer': '7', 'output': text}], 'native')
-    score_rows('mmlu-redux', [{'id': 1, 'choices': ['甲'], 'correct_answer': '甲', 'output': text}])
-    score_rows('zebra-grid', [{'id': 'lgp-test-2x2-1', 'solution': {'header': ['House', 'A'], 'rows': [['1', 'b']]}, 'output': text}])
-    score_rows('tmmluplus', [{'id': 1, 'subject': 'physics', 'answer': 'A', 'output': text}])
-    score_rows('mt-bench', [{'question_id': 1, 'model': 'm', 'judgment': text}])
-    score_rows('mt-bench', [{'question_id': 1, 'g1_judgment': text, 'g2_judgment': text}])
-    score_rows('arena-hard', [{'question_id': 1, 'model': 'm', 'games': [{'judgment': text}, {'judgment': text}]}])
+    for benchmark in ('gsm8k', 'crux'): score_rows(benchmark, [{'id': 1, 'answer': '7', 'output': text}], model='Llama-3.1', partial=True)
+    score_rows('gsm8k', [{'id': 1, 'answer': '7', 'output': text}], 'native', partial=True)
+    score_rows('mmlu-redux', [{'id': 1, 'choices': ['甲'], 'correct_answer': '甲', 'output': text}], partial=True)
+    score_rows('zebra-grid', [{'id': 'lgp-test-2x2-1', 'solution': {'header': ['House', 'A'], 'rows': [['1', 'b']]}, 'output': text}], partial=True)
+    score_rows('tmmluplus', [{'id': 1, 'subject': 'physics', 'answer': 'A', 'output': text}], partial=True)
+    score_rows('mt-bench', [{'question_id': 1, 'model': 'm', 'judgment': text}], partial=True)
+    score_rows('mt-bench', [{'question_id': 1, 'g1_judgment': text, 'g2_judgment': text}], partial=True)
+    score_rows('arena-hard', [{'question_id': 1, 'model': 'm', 'games': [{'judgment': text}, {'judgment': text}]}], partial=True)
     names = ['数学计算', '逻辑推理', '基本任务', '中文理解', '综合问答', '文本写作', '角色扮演', '专业能力']
-    score_rows('alignbench', [{'id': name, 'category': name, 'judgment': text} for name in names])
-    score_rows('chinese-reason-bench', [{'id': 1, 'judge_score': 5}, {'id': 2, 'judgment': text}])
+    score_rows('alignbench', [{'id': name, 'category': name, 'judgment': text} for name in names], partial=True)
+    score_rows('chinese-reason-bench', [{'id': 1, 'judge_score': 5}, {'id': 2, 'judgment': text}], partial=True)
     assert time.process_time() - start < 60 # Of this process alone; quadratic time would be hours
 
 def test_the_fuzz_would_notice_a_quadratic_reader():

@@ -73,7 +73,8 @@ def many(count):
 def test_parts_that_other_processes_index_score_as_if_written_here(tmp_path, monkeypatch):
     documents, questions = many(250), [f'第{number}號車站在哪一區？' for number in range(0, 250, 5)]
     with KnowledgeBase.build(documents) as kb: expected, rows = kb.search(questions, k=3), list(kb.chunks())
-    monkeypatch.setattr(kyara.index, 'PART', 60)
+    monkeypatch.setattr(kyara.index, 'PART', 30)
+    monkeypatch.setattr(kyara.collection, 'SEGMENT', 60)
     with KnowledgeBase.build(documents, tmp_path, embedding='hashing:32') as kb:
         assert kb.search(questions, k=3, by='sparse') == expected and list(kb.chunks()) == rows
         assert len(list((tmp_path / 'shard/segments').iterdir())) >= 4 and not (tmp_path / 'parts').exists()

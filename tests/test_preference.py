@@ -8,9 +8,11 @@ import pytest
 from kyara.base import ItemIndex
 from kyara.core import ModelSettings, Spool, UserError, content_hash, details, dialogue, model_settings, read_rows, write_rows
 from kyara.judging import Judgement, conversation_text
+from kyara.labels import Label, read_labels, save_labels
 from kyara.llm import Client, Reply
-from kyara.mixture import drop_repeated, write_split
+from kyara.mixture import drop_repeated, review_summary, write_split
 from kyara.pairs import ask_in_traditional, pair_in_traditional
+from kyara.pool import ask_side_by_side, collect_answers
 from kyara.preference import (adapt_pair, calibrate, candidate_pairs, check_weights, draw_models, draw_pairs, draw_prompts, draw_rows,
                               eligible_models, joint_verdict, length_regression, mix_pairs, pair_statistics, plot_pairs, pool_weights, preference,
                               public_pair, read_pairs, read_public, read_verdict, require_calibrated, rlaif_pairs, same_family,
@@ -22,8 +24,15 @@ turn = lambda role, content: {'role': role, 'content': content}
 
 # A server on loopback that speaks as OpenAI's does. What a model is named decides how it judges.
 SERVER = '''
-import re, sys
+import asyncio, re, sys
 from aiohttp import web
+
+asked, everybody = set(), asyncio.Event()
+async def meet(model):
+    "Wait until all three have been asked; whoever is asked after the first was answered would wait for nobody."
+    asked.add(model)
+    if len(asked) == 3: everybody.set()
+    await asyncio.wait_for(everybody.wait(), 120)
 
 def said(model, prompt):
     name, _, way = model.partition(':')
@@ -37,7 +46,8 @@ def said(model, prompt):
 async def complete(request):
     body = await request.json()
     if 'broken' in body['model']: return web.json_response({'error': {'message': 'no'}}, status=400)
-    text = said(body['model'], body['messages'][-1]['content'])
+    if body['model'].startswith('meet:'): await meet(body['model'])
+    text = said(body['model'].replace('meet:', 'answer:'), body['messages'][-1]['content'])
     ending = {'judge:cut': 'length', 'judge:filtered': 'content_filter'}.get(body['model'], 'stop')
     return web.json_response({'model': body['model'], 'usage': {'prompt_tokens': 1, 'completion_tokens': 1}, 'choices': [
         {'message': {'role': 'assistant', 'content': text}, 'finish_reason': ending}]})
@@ -113,6 +123,46 @@ def test_every_pair_of_answers_is_kept_or_dropped(clients):
     pairs, dropped = judged(clients, 'prefers', pairs_per_prompt=1)
     assert len(pairs) + len(dropped) == 12 and Counter(row['drop_reason'] for row in dropped)['over_pairs_per_prompt'] == 8
     assert [row['id'] for row in judged(clients, 'prefers', pairs_per_prompt=1)[0]] == [row['id'] for row in pairs]
+
+def test_the_pool_is_asked_side_by_side(server, settings, tmp_path):
+    "No model of this pool answers before all of it have been asked; answers are in the order of prompts and models all the same."
+    settings({f'model-{way}': {'provider': 'openai', 'model': f'meet:{way}', 'base_url': server, 'concurrency': 1} for way in '甲乙丙'})
+    pool = {f'model-{way}': Client(f'model-{way}', tmp_path / 'ledger.sqlite') for way in '甲乙丙'}
+    answers = collect_answers(QUESTIONS, pool, answers_per_prompt=3)
+    assert [[(name, reply.text[0]) for name, reply in of_one.items()] for of_one in answers] == [[(f'model-{way}', way) for way in '甲乙丙']] * 4
+    again = {name: Client(name, tmp_path / 'ledger.sqlite') for name in pool}
+    assert [{name: reply.text for name, reply in of_one.items()} for of_one in collect_answers(QUESTIONS, again, answers_per_prompt=3)] \
+        == [{name: reply.text for name, reply in of_one.items()} for of_one in answers] and not any(client.cost for client in again.values())
+
+def test_a_model_that_cannot_be_asked_stops_the_others(server, settings, tmp_path):
+    "Its neighbours finish what is under way and draw no more prompts."
+    settings({'good': {'provider': 'openai', 'model': 'answer:甲', 'base_url': server, 'concurrency': 1},
+              'bad': {'provider': 'openai', 'model': 'answer:乙', 'base_url': server, 'concurrency': 1}})
+    class Refused(Client):
+        def ask_each(self, *arguments): raise UserError('this model cannot be asked')
+    drawn = []
+    class Many(list):
+        def __iter__(self):
+            for prompt in super().__iter__():
+                drawn.append(prompt)
+                yield prompt
+    many = Many([turn('user', f'第{number}題')] for number in range(20_000))
+    with pytest.raises(UserError, match='cannot be asked'):
+        ask_side_by_side([(Client('good', tmp_path / 'ledger.sqlite'), many), (Refused('bad', tmp_path / 'ledger.sqlite'), [QUESTIONS[0]['messages']])])
+    assert len(drawn) < len(many)
+
+def test_models_in_folders_take_turns(settings):
+    "They share one machine; two at once would need the memory of two."
+    settings({name: {'provider': 'local', 'model': name} for name in ('first', 'second')})
+    inside, most = [], []
+    class Local(Client):
+        def ask_each(self, requests, deliver, *_):
+            inside.append(self.model)
+            most.append(len(inside))
+            for request in requests: deliver(Reply(request.messages[-1]['content'], self.model, 'stop'))
+            inside.remove(self.model)
+    jobs = [(Local(name, ':memory:'), [QUESTIONS[0]['messages']]) for name in ('first', 'second')]
+    assert [[reply.text for reply in replies] for replies in ask_side_by_side(jobs)] == [['first'], ['second']] and most == [1, 1]
 
 def test_a_finished_run_asks_nobody_again(clients, server):
     first = judged(clients, 'prefers')
@@ -441,6 +491,36 @@ def test_pairs_that_differ_in_script_only_teach_the_script():
     ask, good, bad = [turn('user', '介紹玉山。')], '玉山是臺灣最高的山。', '玉山是台湾最高的山。'
     rows = [preference(ask, good, bad, 'rlaif'), preference(ask, good, bad, 'public:set'), preference(ask, bad, good, 'public:set')]
     assert [row.get('drop_reason') for row in drop_repeated(rows)] == [None, 'duplicate', 'contradicts']
+
+# What people said
+
+def test_people_outrank_the_judge(clients, tmp_path):
+    "Blind choices of two reviewers, saved as the panel saves them: as it was, turned, tie, neither, edited, nobody looked."
+    pairs, _ = judged(clients, 'prefers')
+    said = dict(zip(('chosen', 'rejected', 'tie', 'reject', 'edit'), pairs))
+    label = lambda verdict, reviewer, row, **more: Label(row['id'], 'preference', 'preference', verdict, reviewer, order='BA', **more)
+    for reviewer in ('mei', 'jun'):
+        labels = [label(verdict, reviewer, row, **({'edited': '人寫的答案'} if verdict == 'edit' else {})) for verdict, row in said.items()]
+        save_labels(tmp_path / 'run/labels', labels)
+    dropped, reviewed = Spool(), []
+    kept = list(mix_pairs(pairs, dropped, [ItemIndex([])], {}, labels=read_labels(tmp_path / 'run'), reviewed=reviewed))
+    assert Counter(row['drop_reason'] for row in dropped) == {'reviewer_tie': 1, 'reviewer_reject': 1} and len(kept) == len(pairs) - 2
+    assert kept[0] == pairs[0] and kept[3:] == pairs[5:]
+    for new, old in zip(kept[1:3], (said['rejected'], said['edit'])):
+        assert new['id'] != old['id'] == new['meta']['parent_ids'][-1] and any(tag.startswith('reviewed:') for tag in new['meta']['tags'])
+        assert not {'margin', 'win_rate'} & json.loads(new['meta']['details']).keys() # The judge's; of the pair as it was
+    turned, details = kept[1], [json.loads(row['meta']['details']) for row in (kept[1], said['rejected'])]
+    assert (turned['chosen'], turned['rejected']) == (said['rejected']['rejected'], said['rejected']['chosen'])
+    assert (turned['meta']['model'], details[0]['rejected_model']) == (details[1]['rejected_model'], said['rejected']['meta']['model'])
+    assert kept[2]['chosen'][0]['content'] == '人寫的答案' and len(reviewed) == 5
+    found = review_summary(reviewed)['rlaif']
+    assert found['decided'] == 2 and found['agreed'] == 0.5 and found['low'] < 0.5 < found['high'] and found['said']['tie'] == 1
+
+def test_a_person_is_not_outranked_by_a_margin():
+    "A turned pair would have a margin below nothing, and leave."
+    pair = preference([turn('user', '問')], '好', '壞', 'rlaif', model='甲', details={'margin': 0.5, 'rejected_model': '乙'})
+    label = Label(pair['id'], 'preference', 'preference', 'rejected', 'mei', order='AB')
+    assert [row['chosen'][0]['content'] for row in mix_pairs([pair], Spool(), [ItemIndex([])], {}, 0.2, labels={pair['id']: label})] == ['壞']
 
 def test_no_pair_gives_an_evaluation_item_away():
     item = '下列何者為臺灣最長的河川？(A)高屏溪 (B)濁水溪 (C)淡水河 (D)大甲溪'

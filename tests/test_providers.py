@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 from fake_gemini import ECHO, KEY, Fake, error, serve_grpc, serve_rest
 
-from kyara import providers
+from kyara import gemini
 from kyara.core import ModelSettings, UserError, read_settings, model_settings
+from kyara.gemini import Threads, gemini_schema
 from kyara.ledger import Ledger
 from kyara.llm import CallFailure, Refused, Request, ask
-from kyara.providers import (BATCHES, CALLS, Threads, check_request, environment_proxy, gemini_schema, load_local,
-                             read_openai, strict_schema)
+from kyara.local import load_local
+from kyara.openai import read_openai, strict_schema
+from kyara.providers import BATCHES, CALLS, check_request
+from kyara.wire import environment_proxy
 
 SECRET = 'sk-planted-0123456789abcdef'
 turns = lambda text: [{'role': 'system', 'content': '用繁體中文回答。'}, {'role': 'user', 'content': text}]
@@ -251,7 +254,7 @@ def test_sessions_with_gemini_share_nothing():
 
 def test_a_hanging_call_keeps_no_interrupted_program_alive():
     code = '''import asyncio, time
-from kyara.providers import Threads
+from kyara.gemini import Threads
 async def main():
     threads = Threads(4, time.sleep)
     try: await asyncio.wait_for(threads(60), 0.2)
@@ -341,7 +344,7 @@ def test_kill_9_pays_no_batch_twice(batch, moment, monkeypatch):
 
 def test_a_job_that_never_reached_the_service_is_sent_after_a_while(batch, monkeypatch):
     fake, settings, ledger = batch
-    monkeypatch.setattr(providers, 'SETTLE', 1.0)
+    monkeypatch.setattr(gemini, 'SETTLE', 1.0)
     from kyara.llm import call_key
     with Ledger(ledger) as opened: opened.open_job('kyara-lost', 'gemini-batch', 'gemini-3-flash', [call_key(request, settings) for request in thirty])
     replies = ask(thirty, settings, ledger=ledger)

@@ -7,7 +7,7 @@ import pytest
 
 from kyara.core import content_hash, dialogue, drop, finish_stage, pack_meta, start_stage, write_rows, write_text
 from kyara.labels import Label, save_labels
-from kyara.report import report_html, write_report
+from kyara.report import difference_table, judge_table, pair_table, report_html, retrieval_table, write_report
 
 EVIL = '<script>alert("玉山")</script><img src=x onerror=alert(1)>"\'&lt;[[sections]]'
 CHROMIUM = next((path for name in ('chromium', 'chromium-browser') if (path := shutil.which(name))), None)
@@ -33,6 +33,13 @@ def make_run(folder, text):
     write_text(curation / 'log.json', json.dumps({'train': [{'step': 1, 'loss': 2.0}, {'step': 2, 'loss': 1.0}], 'eval': []}))
     write_text(curation / 'scores.json', json.dumps({text: {text: {'score': 8.0, 'low': 2.0, 'high': 9.0, 'n': 10}}}))
     finish_stage(curation, 'kyara.core', {}, [], ['README.md', 'statistics.json', 'log.json', 'scores.json'], {'kept': 1})
+    write_text(curation / 'differences.json', json.dumps([{'benchmark': text, 'first': text, 'second': text, 'difference': 6.0, 'low': 1.0, 'high': 9.0, 'n': 10}]))
+    write_text(curation / 'retrieval.json', json.dumps({'questions': 5, 'hit@1': 0.8, text: text}))
+    pairs = {'pairs': 3, 'chosen': 14.9, 'rejected': 4.3, 'longer_wins': 1.0, 'margin': 1.0}
+    known = {'judge': text, 'pairs': 4, 'accuracy': 1.0, 'low': 0.5, 'high': 1.0}
+    judged = {'pairs': 4, 'won': 3, 'first_place': 0.5, 'length': {'biased': True}}
+    write_text(curation / 'pairs.json', json.dumps({'origins': {text: pairs}, 'calibration': known, 'judging': judged}))
+    write_text(curation / 'rewards.json', json.dumps({'accuracy': {text: {'pairs': 2, 'accuracy': 0.5}}}))
     write_text(folder / 'run.json', json.dumps({'name': text, 'description': text}))
     save_labels(folder / 'labels', [Label(row['id'], 'synthesis', 'dialogue', 'accept', 'mei')])
     return row
@@ -68,9 +75,24 @@ def test_the_page_loads_nothing(tmp_path):
 def test_every_part_is_there(tmp_path):
     row = make_run(tmp_path / 'demo', '玉山')
     page = report_html(tmp_path / 'demo')
-    assert re.findall('<h2 id=".*?">(.*?)</h2>', page) == ['Scores', 'Funnel', 'Quality', 'Cost', 'Samples', 'Statistics', 'Training', 'Data card']
+    assert re.findall('<h2 id=".*?">(.*?)</h2>', page) == ['Scores', 'Funnel', 'Quality', 'Pairs', 'Cost', 'Samples', 'Statistics', 'Training', 'Data card']
     assert f'href="#{row["id"]}-id_27025b13"' in page and f'id="{row["id"]}-id_27025b13"' in page, 'a citation leads to its document'
     assert 'class="verdict supported"' in page and 'class="verdict unknown_id"' in page and 'class="evidence"' in page
+
+def test_pairs_and_differences_are_told(tmp_path):
+    make_run(tmp_path / 'demo', '玉山')
+    assert pair_table(tmp_path / 'demo')[0] == {'stage': 'curation', 'origin': '玉山', 'pairs': 3, 'characters chosen': 14.9, 'rejected': 4.3,
+                                                'longer one chosen': '100%', 'margin': 1.0, 'held out': 2, 'learned': '50%'}
+    assert judge_table(tmp_path / 'demo')[0]['right'] == '100% (50% to 100%)'
+    assert difference_table(tmp_path / 'demo')[0]['difference'] == '6.0 (1.0 to 9.0)'
+    assert retrieval_table(tmp_path / 'demo')[0]['hit@1'] == 0.8
+
+def test_a_run_without_pairs_has_no_such_section(tmp_path):
+    row = make_run(tmp_path / 'demo', '玉山')
+    for path in (tmp_path / 'demo/curation').glob('*.json'):
+        if path.name != 'manifest.json': path.unlink()
+    headings = re.findall('<h2 id=".*?">(.*?)</h2>', report_html(tmp_path / 'demo'))
+    assert 'Pairs' not in headings and 'Scores' not in headings and row['id'] in report_html(tmp_path / 'demo')
 
 def test_a_run_reports_the_same_twice(tmp_path):
     make_run(tmp_path / 'demo', '玉山')

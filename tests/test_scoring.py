@@ -21,7 +21,7 @@ def table(path):
     with opener(path, 'rt', encoding='utf-8') as lines: return list(csv.DictReader(lines))
 
 def items(benchmark, path):
-    return score_rows(benchmark, read_outputs(path), model=path.name)[1]
+    return score_rows(benchmark, read_outputs(path), model=path.name, partial=True)[1]
 
 ZEROEVAL = [('gsm8k', 'gsm'), ('math-l5', 'math-l5')]
 MODELS = ['gemma-2-2b-it', 'Meta-Llama-3.1-8B-Instruct']
@@ -206,43 +206,73 @@ def test_files_of_others_are_read_as_they_are(tmp_path):
     zero = [{'session_id': 'gsm-0', 'chat_history': ['九加六？'], 'model_output': None, 'generator': 'm', 'answer': '15', 'output': ['{"answer": "15"}']},
             {'session_id': 'gsm-1', 'answer': '7', 'output': ['不知道'], 'generator': 'm'}]
     (tmp_path/'zero.json').write_text(json.dumps(zero))
-    got = score_file('gsm8k', tmp_path/'zero.json', out=tmp_path/'items.jsonl')
-    assert (got['score'], got['no_answer'], got['details']['partial']) == (50, 50, True)
+    got = score_file('gsm8k', tmp_path/'zero.json', out=tmp_path/'items.jsonl', partial=True)
+    assert (got['score'], got['no_answer'], got['details']['partial'], got['details']['items']) == (50, 50, True, 1319)
     assert [row['id'] for row in read_outputs(tmp_path/'items.jsonl')] == ['gsm-0', 'gsm-1']
     alpaca = [{'instruction': '介紹玉山。', 'output_1': '很高。', 'output_2': '主峰3,952公尺。', 'preference': value, 'index': number, 'annotator': 'x'}
               for number, value in enumerate((1.75, 1.25, None, 0.0))]
     (tmp_path/'annotations.json').write_text(json.dumps(alpaca))
-    got = score_file('alpaca_eval', tmp_path/'annotations.json')
+    got = score_file('alpaca_eval', tmp_path/'annotations.json', partial=True)
     assert (got['score'], got['details']['n'], got['no_answer']) == (50, 3, 25)
     (tmp_path/'instruction_difficulty.csv').write_text('index,instruction_difficulty\n' + '\n'.join(f'{n},{n - 1.5}' for n in range(4)))
     with gzip.open(tmp_path/'df_gamed_equiv.csv.gz', 'wt') as file: file.write('std_delta_len,instruction_difficulty,preference\n0.5,0.1,0.5\n-0.5,-0.1,0.5\n')
-    assert 0 < score_file('alpaca_eval', tmp_path/'annotations.json', data=tmp_path)['details']['length_controlled_win_rate'] < 100
+    assert 0 < score_file('alpaca_eval', tmp_path/'annotations.json', data=tmp_path, partial=True)['details']['length_controlled_win_rate'] < 100
 
 def outputs(count, first=0): return [{'id': str(number), 'answer': '1', 'output': '{"answer": "1"}'} for number in range(first, first + count)]
 
 def test_a_wrong_number_of_rows_is_refused_unless_told():
-    for count in (799, 801, 401):
-        with pytest.raises(UserError, match=f'800 items and the file has {count} rows.*partial'): score_rows('crux', outputs(count))
+    for count in (1, 10, 400, 799, 801):
+        with pytest.raises(UserError, match=f'800 items and the file has {count};.*--partial'): score_rows('crux', outputs(count))
         got = score_rows('crux', outputs(count), partial=True)[0]
         assert got['details']['partial'] and got['details']['items'] == 800 and got['total'] == count
-    assert score_rows('crux', outputs(20))[0]['details']['partial'] and 'partial' not in score_rows('crux', outputs(800))[0]['details']
+    whole = score_rows('crux', outputs(800))[0]
+    assert 'partial' not in whole['details']
+
+JUDGED = {'mt-bench': [{'question_id': number, 'turn': turn, 'model': 'm', 'judgment': '[[8]]'} for number in range(81, 161) for turn in (1, 2)],
+          'arena-hard': [{'question_id': number, 'model': 'm', 'games': [{'judgment': '[[A>B]]'}] * 2} for number in range(500)],
+          'alignbench': [{'id': number, 'category': name, 'judgment': "{'综合得分': 8}"} for number, name in zip(range(683), 86 * [
+              '数学计算', '逻辑推理', '基本任务', '中文理解', '综合问答', '文本写作', '角色扮演', '专业能力'])],
+          'tmmluplus': [{'id': number, 'subject': 'physics', 'answer': 'A', 'output': 'A'} for number in range(20160)],
+          'truthfulqa': [{'id': number, 'labels': [1, 0], 'loglikelihoods': [-1, -2]} for number in range(817)],
+          'alpaca_eval': [{'index': number, 'preference': 1.5} for number in range(805)]}
+
+@pytest.mark.parametrize('benchmark', JUDGED)
+def test_judgements_are_counted_as_well(benchmark):
+    rows = JUDGED[benchmark]
+    assert 'partial' not in score_rows(benchmark, rows)[0]['details']
+    with pytest.raises(UserError, match='the file has .*--partial'): score_rows(benchmark, rows[:-1])
+    with pytest.raises(UserError, match='twice|2 times'): score_rows(benchmark, [*rows, rows[0]])
+    assert score_rows(benchmark, rows[8:], partial=True)[0]['details']['partial']
+
+def test_two_models_in_one_file_are_counted_apart():
+    rows = JUDGED['mt-bench']
+    with pytest.raises(UserError, match='has 159 of n;'): score_rows('mt-bench', rows + [{**row, 'model': 'n'} for row in rows[1:]])
+    assert score_rows('mt-bench', rows + rows)[0]['details']['m']['n'] == 320 # The judge went over everything twice
+
+def test_a_sample_may_say_so_in_its_name(tmp_path):
+    for name, refused in (('crux.partial10.jsonl', False), ('crux.first10.jsonl', False), ('crux_10q.jsonl', False), ('crux_sample_of_10.jsonl', False),
+                          ('crux.partial11.jsonl', True), ('crux.partial.jsonl', True), ('crux_10.jsonl', True), ('model-10b.jsonl', True)):
+        (tmp_path/name).write_text('\n'.join(map(json.dumps, outputs(10))))
+        if not refused: assert score_file('crux', tmp_path/name)['details']['partial']; continue
+        with pytest.raises(UserError, match='--partial'): score_file('crux', tmp_path/name)
 
 def test_missing_and_foreign_items_are_named(tmp_path):
     path = tmp_path/'items.jsonl'
     path.write_text('\n'.join(json.dumps({'id': row['id']}) for row in outputs(5)))
-    assert score_rows('crux', outputs(5), items=path)[0]['score'] == 100
+    got = score_rows('crux', outputs(5), items=path)[0]
+    assert got['score'] == 100 and got['details']['partial'] # Every item that was asked, and yet not the whole benchmark
     with pytest.raises(UserError, match='2 items have no output.*first is 3'): score_rows('crux', outputs(3), items=path)
     with pytest.raises(UserError, match='1 outputs are of no item.*first is 5'): score_rows('crux', outputs(6), items=path)
 
 def test_empty_outputs_are_no_answers_and_judges_without_verdict_are_counted():
     empty = [{**row, 'output': value} for row, value in zip(outputs(4), ('', [], None, '{"answer": "1"}'))]
-    got = score_rows('gsm8k', empty)[0]
+    got = score_rows('gsm8k', empty, partial=True)[0]
     assert (got['score'], got['no_answer'], got['total']) == (25, 75, 4)
     judged = [{'question_id': number, 'turn': 1, 'model': 'm', 'judgment': text} for number, text in enumerate(('[[8]]', '我不評分'))]
-    got = score_rows('mt-bench', judged)[0]
+    got = score_rows('mt-bench', judged, partial=True)[0]
     assert (got['score'], got['no_answer'], got['details']['m']['errors']) == (8, 50, 1)
     games = [{'question_id': 1, 'model': 'm', 'games': [{'judgment': '[[B>A]]'}, {'judgment': '都好'}]}]
-    assert score_rows('arena-hard', games)[0]['no_answer'] == 50
+    assert score_rows('arena-hard', games, partial=True)[0]['no_answer'] == 50
 
 def test_every_mistake_is_one_line(tmp_path):
     (tmp_path/'cut.json').write_text('[{"id": 1, "answer": "2"')
@@ -282,5 +312,5 @@ def test_output_is_never_evaluated(tmp_path):
     trap = tmp_path/'trap'
     output = json.dumps({'answer': f'__import__("pathlib").Path("{trap}").touch()/2'})
     for benchmark in ('gsm8k', 'math-l5', 'crux'):
-        score_rows(benchmark, [{'id': 1, 'answer': '2', 'output': output}])
+        score_rows(benchmark, [{'id': 1, 'answer': '2', 'output': output}], partial=True)
     assert not trap.exists()

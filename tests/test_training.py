@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-from kyara import dpo, sft
+from kyara import optimise, sft
 from kyara.change import answer_log_probabilities, answer_prompts, length_growth
 from kyara.chat import MERGED_TEMPLATE
 from kyara.core import UserError, dialogue, file_hash
@@ -140,13 +141,13 @@ def test_pipeline_answers_a_system_message(trained, tmp_path, system_role):
 
 class Ready(Exception): "A trainer is about to train."
 
-def labelled(monkeypatch, module, train, *arguments, **keywords):
+def labelled(monkeypatch, train, *arguments, **keywords):
     "Give the first batch that a trainer would train on."
     found = []
     def stop(trainer, *_):
         found.append(next(iter(trainer.get_train_dataloader())))
         raise Ready
-    monkeypatch.setattr(module, 'run_trainer', stop)
+    monkeypatch.setattr(optimise, 'run_trainer', stop)
     with pytest.raises(Ready): train(*arguments, **keywords)
     return found[0]
 
@@ -164,7 +165,7 @@ def test_mask_is_what_the_assistant_says_in_every_turn(tokenizer):
 def test_sft_loss_counts_only_the_assistant(student, tokenizer, tmp_path, monkeypatch, packing):
     rows = [TALK, *sums(7)]
     kept, _, longest = fit_rows(rows, tokenizer)
-    batch = labelled(monkeypatch, sft, train_sft, kept, [], student, tmp_path, longest * 2 if packing else longest, packing=packing)
+    batch = labelled(monkeypatch, train_sft, kept, [], student, tmp_path, longest * 2 if packing else longest, packing=packing)
     counted = [tokenizer.decode(labels[labels != -100]) for labels in batch['labels']]
     wanted = [said(row['messages']) for row in rows]
     if packing: assert sorted(re.findall(r'.*?<end_of_turn>\n', ''.join(counted), re.S)) == sorted(re.findall(r'.*?<end_of_turn>\n', ''.join(wanted), re.S))
@@ -176,7 +177,7 @@ def stopped(monkeypatch, *arguments, **keywords):
     def stop(trainer, *_):
         found.append(trainer)
         raise Ready
-    monkeypatch.setattr(sft, 'run_trainer', stop)
+    monkeypatch.setattr(optimise, 'run_trainer', stop)
     with pytest.raises(Ready): train_sft(*arguments, **keywords)
     return found[0]
 
@@ -216,7 +217,7 @@ def test_pairs_over_max_rows_are_dropped_with_the_reason(tokenizer, tmp_path):
 def test_dpo_counts_whole_answers(student, tokenizer, tmp_path, monkeypatch):
     pairs = [preference(TALK['messages'][:-1], '不客氣！', '嗯', 'spin'), *outcome_pairs(3)]
     kept, _, longest = fit_pairs(pairs, tokenizer)
-    batch = labelled(monkeypatch, dpo, train_dpo, kept, [], student, tmp_path, longest)
+    batch = labelled(monkeypatch, train_dpo, kept, [], student, tmp_path, longest)
     counted = {tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(batch['input_ids'], batch['completion_mask'])}
     assert counted == {said(pair[side]) for pair in pairs for side in ('chosen', 'rejected')}
 
@@ -357,30 +358,54 @@ KILLED = '''
 import json, os, signal, sys
 from pathlib import Path
 from transformers import Trainer
+from kyara.dpo import train_dpo
 from kyara.sft import train_sft
 
-save = Trainer._save_checkpoint
-def die_after_saving(trainer, *arguments, **keywords):
-    save(trainer, *arguments, **keywords)
-    os.kill(os.getpid(), signal.SIGKILL)
-Trainer._save_checkpoint = die_after_saving
+save, seen = Trainer._save_optimizer_and_scheduler, []
+def die_in_the_second_checkpoint(trainer, folder):
+    seen.append(folder)
+    if len(seen) == 2: os.kill(os.getpid(), signal.SIGKILL)
+    save(trainer, folder)
+Trainer._save_optimizer_and_scheduler = die_in_the_second_checkpoint
 job = json.loads(Path(sys.argv[1]).read_text())
-train_sft(job['rows'], job['measured'], job['model'], job['out_dir'], job['max_length'], **job['arguments'])
+train = {'train_sft': train_sft, 'train_dpo': train_dpo}[job['train']]
+train(job['rows'], job['measured'], job['model'], job['out_dir'], job['max_length'], **job['arguments'])
 '''
+
+def run_alone(code, train, rows, measured, model, out_dir, **arguments):
+    "Train in a process of its own; the second checkpoint holds weights and nothing else when it ends."
+    job = {'train': train.__name__, 'rows': rows, 'measured': measured, 'model': str(model), 'out_dir': str(out_dir), 'max_length': 80,
+           'arguments': {'save_steps': 2, **TRAINING, **arguments}}
+    path = out_dir.with_suffix('.json')
+    path.write_text(json.dumps(job))
+    return subprocess.run([sys.executable, '-c', code, path], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+def kill_in_the_second_checkpoint(*arguments, **named):
+    "Leave one whole checkpoint and one torn."
+    child, checkpoints = run_alone(KILLED, *arguments, **named), arguments[4] / 'checkpoints'
+    assert child.returncode == -signal.SIGKILL, child.stderr[-2000:]
+    assert (checkpoints / 'checkpoint-2/trainer_state.json').is_file() and not (arguments[4] / 'model').exists()
+    assert [path.name for path in checkpoints.glob('checkpoint-4/*.safetensors')] and not (checkpoints / 'checkpoint-4/optimizer.pt').exists()
+
+def resuming_steps(monkeypatch):
+    "Note the checkpoints from which trainers go on."
+    steps, train = [], transformers.Trainer.train
+    def noted(trainer, resume_from_checkpoint=None, **named):
+        steps.append(Path(resume_from_checkpoint).name if resume_from_checkpoint else None)
+        return train(trainer, resume_from_checkpoint, **named)
+    monkeypatch.setattr(transformers.Trainer, 'train', noted)
+    return steps
 
 @pytest.fixture(scope='module')
 def resumed(student, tmp_path_factory):
-    "The run of `trained`, killed after its first checkpoint and run again."
-    tmp_path = tmp_path_factory.mktemp('disturbed')
-    rows, measured, out_dir = sums(40), sums(48)[40:], tmp_path / 'killed'
-    job = {'rows': rows, 'measured': measured, 'model': str(student), 'out_dir': str(out_dir), 'max_length': 80, 'arguments': dict(save_steps=2, **TRAINING)}
-    (tmp_path / 'job.json').write_text(json.dumps(job))
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    child = subprocess.run([sys.executable, '-c', KILLED, tmp_path / 'job.json'], capture_output=True, text=True, env=environment)
-    assert child.returncode == -signal.SIGKILL, child.stderr[-2000:]
-    assert (out_dir / 'checkpoints/checkpoint-2/trainer_state.json').is_file() and not (out_dir / 'model').exists()
-    (out_dir / 'checkpoints/checkpoint-4').mkdir() # Torn: the next one was being written
-    return out_dir, train_sft(rows, measured, student, out_dir, 80, save_steps=2, **TRAINING)
+    "The run of `trained`, killed while it wrote its second checkpoint, and run again."
+    out_dir, rows, measured = tmp_path_factory.mktemp('disturbed') / 'killed', sums(40), sums(48)[40:]
+    kill_in_the_second_checkpoint(train_sft, rows, measured, student, out_dir)
+    with pytest.MonkeyPatch.context() as patched:
+        steps = resuming_steps(patched)
+        log = train_sft(rows, measured, student, out_dir, 80, save_steps=2, **TRAINING)
+    assert steps == ['checkpoint-2']
+    return out_dir, log
 
 def test_killed_training_ends_with_the_same_model(trained, resumed):
     folders, logs = zip(trained, resumed)
@@ -391,24 +416,26 @@ def test_killed_training_ends_with_the_same_model(trained, resumed):
 def test_killed_training_leaves_the_same_log(trained, resumed):
     assert (trained[0] / 'log.json').read_text() == (resumed[0] / 'log.json').read_text()
 
+def test_killed_preference_training_ends_with_the_same_model(trained, tmp_path, monkeypatch):
+    base, rows, measured = trained[0] / 'model', outcome_pairs(32), outcome_pairs(40)[32:]
+    log = train_dpo(rows, measured, base, tmp_path / 'undisturbed', 80, save_steps=2, **TRAINING)
+    kill_in_the_second_checkpoint(train_dpo, rows, measured, base, tmp_path / 'killed')
+    steps = resuming_steps(monkeypatch)
+    assert train_dpo(rows, measured, base, tmp_path / 'killed', 80, save_steps=2, **TRAINING) == log and steps == ['checkpoint-2']
+    assert len({file_hash(tmp_path / name / 'model/model.safetensors') for name in ('undisturbed', 'killed')}) == 1
+
 FULL = KILLED.replace('os.kill(os.getpid(), signal.SIGKILL)', 'resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))').replace(
     'import json, os', 'import resource, json, os')
 
-def test_full_disk_leaves_the_last_good_checkpoint(student, trained, tmp_path):
-    "After the first checkpoint no file may grow beyond 20 kB: the second is torn. With room again, training goes on from the first."
+def test_full_disk_leaves_the_last_good_checkpoint(student, trained, tmp_path, monkeypatch):
+    "While the second checkpoint is written no file may grow beyond 20 kB any more. With room again, training goes on from the first."
     rows, measured, out_dir = sums(40), sums(48)[40:], tmp_path / 'full'
-    job = {'rows': rows, 'measured': measured, 'model': str(student), 'out_dir': str(out_dir), 'max_length': 80, 'arguments': dict(save_steps=2, **TRAINING)}
-    (tmp_path / 'job.json').write_text(json.dumps(job))
-    child = subprocess.run([sys.executable, '-c', FULL, tmp_path / 'job.json'], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    child = run_alone(FULL, train_sft, rows, measured, student, out_dir)
     assert child.returncode == 1 and 'goes on from checkpoint-2' in child.stderr.strip().splitlines()[-1], child.stderr[-2000:]
     assert (out_dir / 'checkpoints/checkpoint-4').is_dir() and not (out_dir / 'model').exists()
-    steps = []
-    train = transformers.Trainer.train
-    transformers.Trainer.train = lambda trainer, resume_from_checkpoint=None, **named: (steps.append(resume_from_checkpoint), train(trainer, resume_from_checkpoint, **named))[1]
-    try: train_sft(rows, measured, student, out_dir, 80, save_steps=2, **TRAINING)
-    finally: transformers.Trainer.train = train
-    assert [Path(step).name for step in steps] == ['checkpoint-2']
-    assert file_hash(out_dir / 'model/model.safetensors') == file_hash(trained[0] / 'model/model.safetensors')
+    steps = resuming_steps(monkeypatch)
+    train_sft(rows, measured, student, out_dir, 80, save_steps=2, **TRAINING)
+    assert steps == ['checkpoint-2'] and file_hash(out_dir / 'model/model.safetensors') == file_hash(trained[0] / 'model/model.safetensors')
 
 def test_best_checkpoint_is_what_is_kept(student, tokenizer, tmp_path):
     "Steps far too large: the held-out loss grows, training ends early, and the model is that of the lowest."
@@ -434,12 +461,70 @@ def test_two_processes_train_as_one(student, tokenizer, tmp_path, monkeypatch):
         assert [entry[name] for entry in two[part]] == pytest.approx([entry[name] for entry in one[part]], rel=1e-4), part
     assert (tmp_path / 'two/model/model.safetensors').is_file() and not (tmp_path / 'two/job.json').exists()
 
+SHARDED = """
+import sys
+from accelerate import state
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from transformers import Trainer
+from kyara import optimise
+from kyara.sft import train_sft
+
+start, save = state.AcceleratorState.__init__, Trainer._save_checkpoint
+def as_devices(self, *arguments, **named):
+    partial = state.PartialState._shared_state
+    if partial.get('distributed_type') == DistributedType.MULTI_CPU: partial['distributed_type'] = DistributedType.MULTI_GPU
+    start(self, *arguments, **named)
+def stop(trainer, *arguments):
+    save(trainer, *arguments)
+    weights = list(trainer.model.parameters())
+    assert any(isinstance(weight, DTensor) and weight.to_local().numel() < weight.numel() for weight in weights)
+    raise InterruptedError
+def resume(trainer, resume_from_checkpoint=None, **named):
+    print('goes on from', resume_from_checkpoint, flush=True)
+    return train(trainer, resume_from_checkpoint, **named)
+train, Trainer.train = Trainer.train, resume
+state.AcceleratorState.__init__, Trainer._save_checkpoint = as_devices, stop
+try: optimise.train_job(train_sft, sys.argv[1])
+except InterruptedError: Trainer._save_checkpoint = save
+optimise.train_job(train_sft, sys.argv[1])
+"""
+
+def test_sharded_training_is_that_of_one_process(student, tokenizer, tmp_path):
+    """FSDP over two processes, interrupted after a sharded checkpoint, resumed, and saved whole. Accelerate takes processes without devices
+    for plain copies; once they are called devices, all the rest of its FSDP runs on a processor."""
+    parts = {name: encode_rows(rows, tokenizer, tmp_path / name)[0] for name, rows in (('rows', sums(32)), ('eval_rows', sums(40)[32:]))}
+    job = dict(model=str(student), max_length=80, train_sampling_strategy='random', save_steps=2, **{**TRAINING, 'num_train_epochs': 1.0})
+    one, two = train_sft(parts['rows'], parts['eval_rows'], out_dir=tmp_path / 'one', **job), tmp_path / 'two'
+    for name, part in parts.items(): part.save_to_disk(two / name)
+    written = {**job, **{name: str(two / name) for name in parts}, 'out_dir': str(two), 'per_device_train_batch_size': 4}
+    (tmp_path / 'job.json').write_text(json.dumps(written))
+    config = (ROOT / 'runs/accelerate/fsdp.yaml').read_text().replace('num_processes: 8', 'num_processes: 2').replace('bf16', "'no'")
+    (tmp_path / 'fsdp.yaml').write_text(config)
+    command = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(tmp_path / 'fsdp.yaml'), '--no_python']
+    child = subprocess.run([*command, sys.executable, '-c', SHARDED, str(tmp_path / 'job.json')], capture_output=True, text=True,
+                           env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert child.returncode == 0, child.stderr[-3000:]
+    assert sorted(re.findall(r'goes on from (?:\S+/)?(\S+)', child.stdout)) == ['None', 'None', 'checkpoint-2', 'checkpoint-2']
+    log = json.loads((two / 'log.json').read_text())
+    for part, name in (('train', 'loss'), ('eval', 'eval_loss')):
+        assert [entry[name] for entry in log[part]] == pytest.approx([entry[name] for entry in one[part]], rel=1e-4), part
+    found, wanted = (load_file(folder / 'model/model.safetensors') for folder in (two, tmp_path / 'one'))
+    assert found.keys() == wanted.keys() and all(torch.allclose(found[name], wanted[name], atol=1e-3) for name in wanted)
+    assert load_model(two / 'model').num_parameters() == load_model(student).num_parameters()
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason='this machine has devices to shard over')
+def test_sharding_without_devices_is_refused(student, tokenizer, tmp_path):
+    rows, _, _ = encode_rows(sums(8), tokenizer, tmp_path / 'rows')
+    with pytest.raises(UserError, match='fsdp.yaml shards over devices, and this machine has none'):
+        launch_sft(rows, [], tmp_path, str(ROOT / 'runs/accelerate/fsdp.yaml'), model=str(student), max_length=80)
+
 def test_problem_in_a_process_is_said_in_one_line(student, tokenizer, tmp_path):
     rows, _, _ = encode_rows(sums(8), tokenizer, tmp_path / 'rows')
     with pytest.raises(UserError, match='accelerate_config .*nowhere.yaml does not exist'):
         launch_sft(rows, [], tmp_path, str(tmp_path / 'nowhere.yaml'), model=str(student), max_length=80)
     (tmp_path / 'launch.log').write_text('W1 torchrun says hello\n[rank1]: kyara.core.UserError: no row can be trained on\nand much more\n')
-    assert sft.launch_problem(tmp_path / 'launch.log', 1).startswith('accelerate launch ended with 1: no row can be trained on; ')
+    assert optimise.launch_problem(tmp_path / 'launch.log', 1).startswith('accelerate launch ended with 1: no row can be trained on; ')
 
 @pytest.mark.parametrize('name', ['fsdp', 'processes'])
 def test_accelerate_reads_the_configurations(name):
