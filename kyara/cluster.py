@@ -5,22 +5,24 @@
 # %% auto #0
 __all__ = ['LEASE', 'ENGINE', 'Session', 'Office', 'reserve_many', 'SharedPace', 'RemoteLedger', 'Failed', 'LocalEngine',
            'RayEngine', 'package_versions', 'run_shard', 'outcome_of', 'beside_shards', 'reach', 'Store', 'packed',
-           'unpacked', 'function_key', 'make_shard', 'shard_name', 'read_shard', 'shard_table', 'open_office', 'caller',
-           'Asking', 'share_limits', 'ask_in_shards', 'lost', 'read_engine', 'connect', 'cluster_of', 'absolute',
-           'start_cluster', 'joined', 'join', 'ask_on_cluster', 'stays_here', 'left', 'over_shards']
+           'unpacked', 'exported', 'function_key', 'make_shard', 'shard_name', 'read_shard', 'shard_table',
+           'open_office', 'caller', 'Asking', 'lent_pace', 'ask_in_shards', 'lost', 'read_engine', 'import_ray',
+           'connect', 'cluster_of', 'absolute', 'start_cluster', 'joined', 'join', 'ask_on_cluster', 'stays_here',
+           'over_shards']
 
 # %% ../nbs/03_cluster.ipynb #03000002
-import base64, functools, gzip, itertools, json, os, posixpath, socket, sys, threading, time
+import base64, functools, gzip, importlib, inspect, itertools, json, os, posixpath, socket, sys, threading, time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FunctionType
 
 import kyara
 from .core import ModelSettings, UserError, batched, code_version, content_hash, file_hash, progress
 from .ledger import Entry, INSERT, Ledger, entry_row
-from .llm import Budget, Client, call_key, Pace, Reply, Request, ask_each, guess_tokens, replaying, shared_pace
+from .llm import Budget, Client, Pace, Reply, Request, ask_each, call_key, guess_tokens, replaying
 
 # %% ../nbs/03_cluster.ipynb #03000005
 LEASE = 60.0 # Seconds that a silent session keeps its claims
@@ -394,14 +396,30 @@ def unpacked(value): # What `packed` was given
     import numpy as np
     return np.frombuffer(base64.b64decode(held[2]), held[0]).reshape(held[1]).copy()
 
-# %% ../nbs/03_cluster.ipynb #03000025
+# %% ../nbs/03_cluster.ipynb #03000026
+def exported(
+    function: Callable, # A function, or a `functools.partial` of one
+) -> Callable: # The same, imported, if it was a notebook's own and stands in a module of this package
+    "Give a function as a module has it."
+    if isinstance(function, functools.partial):
+        given = {name: exported(value) for name, value in function.keywords.items()}
+        return functools.partial(exported(function.func), *map(exported, function.args), **given)
+    if not isinstance(function, FunctionType) or function.__module__ != '__main__': return function
+    try: source = inspect.getsource(function).rstrip().replace('from kyara.', 'from .')
+    except OSError: return function
+    modules = sorted(Path(kyara.__file__).parent.glob('*.py'))
+    name = next((path.stem for path in modules if f'\n{source}\n' in path.read_text('utf-8')), None)
+    return getattr(importlib.import_module(f'kyara.{name}'), function.__name__) if name else function
+
+# %% ../nbs/03_cluster.ipynb #03000028
 def function_key(
     function: Callable, # Of a module, or a `functools.partial` of one
 ) -> list | None: # Its name, the version of its code, its arguments; None if these cannot be written down
     "Name what a function does."
     inner, given = function, []
     if isinstance(function, functools.partial): inner, given = function.func, [*function.args, *sorted(function.keywords.items())]
-    if getattr(inner, '__module__', '__main__') == '__main__': return None # A notebook's own code has no version
+    named = isinstance(inner, FunctionType) and inner.__module__ != '__main__' and '<' not in inner.__qualname__
+    if not named: return None # A closure or a bound method holds more than code
     try: return [f'{inner.__module__}.{inner.__qualname__}', _code_of(inner.__module__), [_argument(one) for one in given]]
     except TypeError: return None
 
@@ -441,7 +459,7 @@ def read_shard(data: bytes | None) -> list | None: # None if it is not there or 
     except (OSError, EOFError, ValueError): return None # gzip's and UTF-8's errors
     return unpacked(json.loads(text)) if known and known == content_hash(text, 64) else None
 
-# %% ../nbs/03_cluster.ipynb #03000026
+# %% ../nbs/03_cluster.ipynb #03000029
 def shard_table(
     store: Store,
 ) -> list[dict]: # A row for each function: its name, shards, bytes
@@ -452,7 +470,7 @@ def shard_table(
         row['shards'], row['bytes'] = row['shards'] + 1, row['bytes'] + size
     return [{'function': name, **row} for name, row in table.items()]
 
-# %% ../nbs/03_cluster.ipynb #03000029
+# %% ../nbs/03_cluster.ipynb #03000032
 def open_office(): # An actor handle
     "Find the cluster's office, or found it."
     import ray
@@ -488,20 +506,17 @@ class Asking:
         "Ask a shard of requests, in order."
         number, requests = work
         call, replies, attempt = caller(open_office()), [], os.urandom(8).hex()
-        share_limits(self.settings, call)
         with RemoteLedger(call, self.place, f'{self.name}/{number}', attempt) as ledger:
             ask_each(requests, self.settings, replies.append, ledger=ledger, stage=self.stage, run=self.run,
-                     patience=self.patience)
+                     patience=self.patience, pace=lent_pace(self.settings, call))
         return replies
 
-def share_limits(settings: ModelSettings, call: Callable):
+def lent_pace(settings: ModelSettings, call: Callable) -> SharedPace | None: # None for a service without limits
     "Have the office say when this process may call a service."
-    service = (settings.model, settings.base_url or settings.provider, settings.requests_per_minute,
-               settings.tokens_per_minute)
-    pace, shared = shared_pace(*service), SharedPace(service, call)
-    if pace.limited: pace.reserve, pace.charge = shared.reserve, shared.charge
+    address, limits = settings.base_url or settings.provider, (settings.requests_per_minute, settings.tokens_per_minute)
+    return SharedPace((settings.model, address, *limits), call) if any(limits) else None
 
-# %% ../nbs/03_cluster.ipynb #03000030
+# %% ../nbs/03_cluster.ipynb #03000033
 def ask_in_shards(
     requests: Iterable[Request], # Any number; drawn as they are needed
     settings: ModelSettings, # Who is asked
@@ -538,7 +553,7 @@ def lost(request: Request, settings: ModelSettings, reason: str) -> Reply:
     "Make the reply of a request whose shard failed."
     return Reply(call_key(request, settings), '', 'error', error=f'shard failed: {reason}')
 
-# %% ../nbs/03_cluster.ipynb #03000032
+# %% ../nbs/03_cluster.ipynb #03000035
 ENGINE = {'name': 'local', 'address': '', 'workers': 0, 'shard_size': 1000, 'failed_shards': 'stop', 'store': ''}
 
 def read_engine(
@@ -557,10 +572,18 @@ def read_engine(
         if not fits: raise UserError(f'engine: {key} cannot be {engine[key]!r}')
     return engine
 
-def connect(address: str):
-    "Join a Ray cluster, once; refuse at once an address where nobody answers."
+def import_ray(): # The module
+    "Import Ray without a grammar that jsonschema builds if it can: three quarters of the time, and nobody needs it."
+    sys.modules.setdefault('rfc3987_syntax', None) # As if it were not installed
     try: import ray
     except ImportError: raise UserError('engine ray needs Ray: pip install "kyara[ray]"') from None
+    finally:
+        if sys.modules['rfc3987_syntax'] is None: del sys.modules['rfc3987_syntax']
+    return ray
+
+def connect(address: str):
+    "Join a Ray cluster, once; refuse at once an address where nobody answers."
+    ray = import_ray()
     if ray.is_initialized(): return
     host, _, port = address.removeprefix('ray://').rpartition(':')
     nobody = UserError(f'no Ray cluster answers at {address}; start one with `ray start --head`, or leave out '
@@ -592,14 +615,14 @@ def absolute(url: str) -> str:
 
 def start_cluster(engine: dict) -> str: # Its address
     "Join the cluster of an engine, or start one of this machine."
+    ray = import_ray()
     if engine['address']: connect(engine['address'])
-    import ray
-    if not engine['address']:
+    else:
         ray.init('local', num_cpus=engine['workers'] or None, include_dashboard=False, object_store_memory=200 * 2**20,
                  logging_level='ERROR', log_to_driver=False)
     return ray.get_runtime_context().gcs_address
 
-# %% ../nbs/03_cluster.ipynb #03000033
+# %% ../nbs/03_cluster.ipynb #03000036
 def joined() -> dict: # As `read_engine` gives it, with the cluster's address
     "Say which engine the run of this process was started with."
     return {**ENGINE, **json.loads(os.environ.get('KYARA_ENGINE') or '{}')}
@@ -607,37 +630,26 @@ def joined() -> dict: # As `read_engine` gives it, with the cluster's address
 def join():
     "Have the clients of this process ask through the cluster that its run was started with."
     engine = joined()
-    if engine['name'] == 'ray': Client.ask_each = functools.partialmethod(ask_on_cluster, engine)
+    if engine['name'] == 'ray': Client.engine = staticmethod(functools.partial(ask_on_cluster, engine))
 
-def ask_on_cluster(client: Client, engine: dict, requests: Iterable[Request], deliver: Callable,
-                   total: int | None = None, label: str = ''):
-    "Ask as `Client.ask_each` does, on all workers."
-    ledger = client.ledger
-    if stays_here(client): budget = ask_each(
-        requests, client.settings, deliver, ledger=ledger, stage=client.stage, run=client.run, total=total, label=label,
-        max_cost=left(client.max_cost, client.cost), max_tokens=left(client.max_tokens, client.tokens),
-        patience=client.patience)
-    else:
-        connect(engine['address'])
-        workers = RayEngine(engine['workers'])
-        size = engine['shard_size'] if total is None else -(-total // (2 * workers.workers))
-        budget = ask_in_shards(
-            requests, client.settings, deliver, engine=workers, ledger=ledger.path, stage=client.stage, run=client.run,
-            patience=client.patience, shard_size=max(16, min(size, engine['shard_size'])),
-            spare=engine['failed_shards'] == 'drop', total=total, label=label)
-    client.cost, client.tokens = client.cost + budget.spent['max_cost'], client.tokens + budget.spent['max_tokens']
+def ask_on_cluster(engine: dict, requests: Iterable[Request], settings: ModelSettings, deliver: Callable, *, ledger: Ledger,
+                   max_cost: float | None, max_tokens: int | None, total: int | None, **options) -> Budget:
+    "Ask as `ask_each` does, on all workers; what cannot be shared among them is asked from here."
+    limited = max_cost is not None or max_tokens is not None
+    if limited or stays_here(settings, ledger):
+        return ask_each(requests, settings, deliver, ledger=ledger, max_cost=max_cost, max_tokens=max_tokens, total=total,
+                        **options)
+    connect(engine['address'])
+    workers = RayEngine(engine['workers'])
+    size = engine['shard_size'] if total is None else -(-total // (2 * workers.workers))
+    return ask_in_shards(requests, settings, deliver, engine=workers, ledger=ledger.path, total=total,
+                         shard_size=max(16, min(size, engine['shard_size'])), spare=engine['failed_shards'] == 'drop', **options)
 
-def stays_here(client: Client) -> bool:
-    "Tell what cannot be shared among workers."
-    limited = client.max_cost is not None or client.max_tokens is not None
-    kept = client.ledger.temporary or client.ledger.read_only or replaying()
-    return limited or kept or client.settings.provider in ('local', 'gemini-batch')
+def stays_here(settings: ModelSettings, ledger: Ledger) -> bool:
+    "Tell a model of this machine, a provider's batch jobs, a ledger of this process and a replay."
+    return settings.provider in ('local', 'gemini-batch') or ledger.temporary or ledger.read_only or replaying()
 
-def left(limit: float | None, spent: float) -> float | None:
-    "Give what is left of a limit."
-    return limit if limit is None else max(limit - spent, 0)
-
-# %% ../nbs/03_cluster.ipynb #03000037
+# %% ../nbs/03_cluster.ipynb #03000040
 def over_shards(
     function: Callable, # From a list of items to a list as long; of a module, or a `functools.partial` of one
     items: Iterable, # Drawn as they are needed
@@ -648,6 +660,7 @@ def over_shards(
     "Work on shards of items, on all workers of the cluster that this process belongs to, else here."
     settings = joined()
     spare, store = bool(failed) and settings['failed_shards'] == 'drop', settings['store'] and Store(settings['store'])
+    if store or settings['name'] == 'ray': function = exported(function)
     key = function_key(function) if store else None
     work, lost = functools.partial(make_shard, function=function, store=store or None, key=key), []
     many, label = len(items) if hasattr(items, '__len__') else None, getattr(function, 'func', function).__name__

@@ -78,8 +78,8 @@ def figures_of_draws(
              for name, values in groups.items()}
     if not aggregate: return next(iter(means.values()))
     counts = {name: len(values) for name, values in groups.items()}
-    rounds = ({name: float(values[number]) for name, values in means.items()} for number in range(len(draws[name])))
-    return np.array([next(iter(aggregate(values, counts).values())) for values in rounds])
+    rounds = zip(*(values.tolist() for values in means.values()))
+    return np.array([next(iter(aggregate(dict(zip(means, values)), counts).values())) for values in rounds])
 
 # %% ../nbs/18_comparison.ipynb #18000009
 def figures(

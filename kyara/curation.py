@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TAG_PROMPT', 'OPENINGS', 'CLOSINGS', 'COMPLETE', 'JUDGE_PROMPT', 'SCORERS', 'TOKENS', 'REWRITE_PROMPT', 'CITATION',
-           'SAMPLE', 'TEMPLATE', 'CARD', 'KNOWN_LIMITS', 'context_of', 'last_answer', 'question_of', 'Tags',
-           'merge_tags', 'merge_meanings', 'find_associations', 'join_associated', 'tag_statistics', 'style_faults',
-           'style_score', 'style_scores', 'Judgement', 'judge_rows', 'score_rows', 'rank_correlation', 'weighted_kappa',
-           'percentiles', 'Candidates', 'read_candidates', 'place_candidates', 'merge_candidate_tags', 'select',
-           'rewrite_problem', 'with_answer', 'rewrite_rows', 'answer_style', 'answer_styles', 'StyleMeter',
+           'SAMPLE', 'TEMPLATE', 'CARD', 'UNCHECKED', 'KNOWN_LIMITS', 'context_of', 'last_answer', 'question_of',
+           'Tags', 'merge_tags', 'merge_meanings', 'find_associations', 'join_associated', 'tag_statistics',
+           'style_faults', 'style_score', 'style_scores', 'Judgement', 'judge_rows', 'score_rows', 'rank_correlation',
+           'weighted_kappa', 'percentiles', 'Candidates', 'read_candidates', 'place_candidates', 'merge_candidate_tags',
+           'select', 'rewrite_problem', 'with_answer', 'rewrite_rows', 'answer_style', 'answer_styles', 'StyleMeter',
            'style_spread', 'markdown_table', 'count_table', 'earlier_filters', 'earlier_items', 'card_license',
            'size_category', 'example_of', 'data_card', 'push_to_hub', 'card_licenses', 'curate', 'agreement']
 
@@ -296,7 +296,7 @@ def percentiles(
 SCORERS = ('judge', 'reward', 'style')
 
 class Candidates:
-    "What selection must know of scored rows, about a hundred bytes each: columns of numbers, and every word once."
+    "What selection must know of scored rows: columns of numbers, about a hundred bytes a row, and every word once."
     def __init__(self, seed: int = 0): # Decides between equals
         self.seed, self.codes = seed, {} # Tags and tasks are words; a word's code is its place
         self.tasks, self.sizes, self.tags, self.tokens, self.lots = (array(kind) for kind in 'IIIQQ')
@@ -332,24 +332,31 @@ class Candidates:
         rows = np.repeat(np.arange(len(self)), self.sizes)[codes >= 0]
         keys = rows << 32 | codes[codes >= 0]
         firsts = np.sort(np.unique(keys, return_index=True)[1])
-        self.tags, self.sizes = (keys[firsts] & 0xFFFF_FFFF).astype(np.uint32), np.bincount(rows[firsts], minlength=len(self))
+        self.tags = (keys[firsts] & 0xFFFF_FFFF).astype(np.uint32)
+        self.sizes = np.bincount(rows[firsts], minlength=len(self))
 
     def place(self):
         "Find each row's rarest tag, and where its scores stand within its task."
-        words, sizes, self.groups = list(self.codes), np.asarray(self.sizes, np.int64), np.array(self.tasks)
-        counts = np.bincount(self.tags, minlength=len(words)).tolist()
-        by_rarity = np.array(sorted(range(len(words)), key=lambda code: (counts[code], words[code])))
+        self.groups, tasks, self.percentiles = self._rarest(), np.asarray(self.tasks), {}
+        for name, column in self.scores.items():
+            column, placed = np.asarray(column), np.full(len(self), np.nan)
+            for task in np.unique(tasks):
+                members = np.flatnonzero((tasks == task) & ~np.isnan(column))
+                if len(members): placed[members] = percentiles(column[members])
+            if not np.isnan(placed).all(): self.percentiles[name] = placed
+
+    def _rarest(self):
+        words, tags, sizes = list(self.codes), np.asarray(self.tags), np.asarray(self.sizes, np.int64)
+        counts, groups = np.bincount(tags, minlength=len(words)).tolist(), np.array(self.tasks)
+        by_rarity = np.array(sorted(range(len(words)), key=lambda code: (counts[code], words[code])), np.uint32)
         starts = (np.cumsum(sizes) - sizes)[sizes > 0]
-        if len(starts): self.groups[sizes > 0] = by_rarity[np.minimum.reduceat(np.argsort(by_rarity)[np.asarray(self.tags)], starts)]
-        self.percentiles = {name: np.full(len(self), np.nan) for name, column in self.scores.items() if not np.isnan(column).all()}
-        for task in np.unique(self.tasks):
-            for name, placed in self.percentiles.items():
-                members = np.flatnonzero((np.asarray(self.tasks) == task) & ~np.isnan(self.scores[name]))
-                if len(members): placed[members] = percentiles(np.asarray(self.scores[name])[members])
+        if len(starts): groups[sizes > 0] = by_rarity[np.minimum.reduceat(np.argsort(by_rarity)[tags], starts)]
+        return groups
 
     def told(self, number: int) -> str:
         "Say where the scores of a row stand."
-        return ', '.join(f'{name} {placed[number]:.2f}' for name, placed in self.percentiles.items() if not np.isnan(placed[number]))
+        places = ((name, placed[number]) for name, placed in self.percentiles.items())
+        return ', '.join(f'{name} {place:.2f}' for name, place in places if not np.isnan(place))
 
 # %% ../nbs/14_curation.ipynb #14000028
 def read_candidates(
@@ -361,9 +368,9 @@ def read_candidates(
     counter, candidates = load_tokenizer(tokenizer) if tokenizer else None, Candidates(seed)
     for batch in batched(rows, 1000):
         for row, tokens in zip(batch, row_lengths(batch, counter), strict=True):
-            meta = row['meta']
-            scores = {'judge': meta['score_judge'], 'reward': meta.get('score_reward', math.nan), 'style': details(row)['style']}
-            candidates.add(row['id'], row['task'], meta['tags'], scores, tokens)
+            known = {'judge': row['meta']['score_judge'], 'style': details(row)['style']}
+            if 'score_reward' in row['meta']: known['reward'] = row['meta']['score_reward']
+            candidates.add(row['id'], row['task'], row['meta']['tags'], known, tokens)
     return candidates
 
 def place_candidates(
@@ -407,7 +414,8 @@ def select(
         verdicts[number] = same.setdefault(verdict, verdict)
     queues, total = _queues(candidates, np.flatnonzero(enough)), min(max_rows or len(candidates), int(enough.sum()))
     limits = {**{group: math.ceil(group_share * total) for group in queues}, **(quotas or {})}
-    waiting, taken, words = sorted(queues, key=lambda group: content_hash([candidates.seed, group])), Counter(), list(candidates.codes)
+    waiting = sorted(queues, key=lambda group: content_hash([candidates.seed, group]))
+    taken, words = Counter(), list(candidates.codes)
     while waiting:
         for group in waiting:
             number = queues[group].pop()
@@ -696,6 +704,7 @@ def card_license(
     return stated or following
 
 # %% ../nbs/14_curation.ipynb #14000048
+UNCHECKED = '**No source says that items were looked for: nobody has checked these rows.**'
 KNOWN_LIMITS = '''- Scores come from models and rules that share blind spots; a high score does not make an answer true.
 - Facts were checked only where the task allows it: citations must survive rewriting, final answers of problems must stay the same, new numbers are refused.
 - Tags are free words of a model, merged by spelling; two words for one intent may still be two groups.
@@ -730,7 +739,7 @@ def data_card(
     voice = [{'version': version, 'model': model, **row}
              for version, table in report['voice'].items() for model, row in table.items()]
     contamination = (f"{report['items']['looked for']} items were looked for, {report['items']['too short']} are too short to look for; "
-                     f"{report['earlier'].get('contaminated', 0)} rows were dropped.")
+                     f"{report['earlier'].get('contaminated', 0)} rows were dropped.") if report['items']['looked for'] else UNCHECKED
     pairs = '; '.join(f"{pair} {value['rank_correlation']} (kappa {value['kappa']})" for pair, value in report['agreement'].items())
     return render_prompt(
         CARD, name=name, limits=KNOWN_LIMITS, contamination=contamination, examples='\n\n'.join(example_of(row) for row in examples),

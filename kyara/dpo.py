@@ -116,7 +116,7 @@ def dpo_arguments(
                  save_total_limit=2)
     return made_from(DPOConfig, {**defaults, **arguments, **fixed})
 
-# %% ../nbs/17_dpo.ipynb #17000011
+# %% ../nbs/17_dpo.ipynb #17000013
 def train_dpo(
     rows, # Preference rows to train on, or what `write_pairs` made of them
     eval_rows, # Held-out pairs; may be empty
@@ -153,7 +153,7 @@ def pairs_dataset(
     if not isinstance(rows, list): return rows if len(rows) else None
     return Dataset.from_list([{name: row[name] for name in ('id', 'prompt', 'chosen', 'rejected')} for row in rows]) if rows else None
 
-# %% ../nbs/17_dpo.ipynb #17000015
+# %% ../nbs/17_dpo.ipynb #17000017
 def launch_dpo(
     rows, # What `write_pairs` made of preference rows
     eval_rows: list[dict], # Held-out pairs; may be empty
@@ -165,7 +165,7 @@ def launch_dpo(
     if not accelerate_config: return train_dpo(rows, eval_rows, out_dir=out_dir, **job)
     return launch_job('kyara.dpo.train_dpo', rows, pairs_dataset(eval_rows), out_dir, accelerate_config, **job)
 
-# %% ../nbs/17_dpo.ipynb #17000016
+# %% ../nbs/17_dpo.ipynb #17000018
 def plot_rewards(
     log: dict, # As in `log.json`
 ): # A matplotlib figure

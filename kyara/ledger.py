@@ -92,7 +92,7 @@ def row_entry(
 ) -> Entry: # The paid call
     "Read an entry from values of `COLUMNS`."
     entry = Entry(*row)
-    entry.request = json.loads(entry.request)
+    entry.request = json.loads(entry.request) if entry.request != '{}' else {}
     return entry
 
 # %% ../nbs/01_ledger.ipynb #01000012

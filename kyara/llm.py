@@ -549,9 +549,15 @@ def open_files(
 
 class Throttle:
     "Says when a call may be sent, and learns from how it went."
-    def __init__(self, settings: ModelSettings, notice: Callable[[str], None], patience: float | None = None):
-        address = settings.base_url or settings.provider
-        self.pace = shared_pace(settings.model, address, settings.requests_per_minute, settings.tokens_per_minute)
+    def __init__(
+        self,
+        settings: ModelSettings, # Who is asked
+        notice: Callable[[str], None], # Tells the user
+        patience: float | None = None, # Seconds to wait for a dead service
+        pace: Pace | None = None, # Spaces the calls; None: the pace that this process has for the service
+    ):
+        address, limits = settings.base_url or settings.provider, (settings.requests_per_minute, settings.tokens_per_minute)
+        self.pace = pace or shared_pace(settings.model, address, *limits)
         self.crowd = Crowd(open_files(settings.concurrency))
         self.breaker = Breaker(f'model {settings.name}: {address}', notice, patience)
         self.longest = 600 if patience is None else patience # Nobody waits longer for one call
@@ -763,17 +769,18 @@ def ask_each(
     patience: float | None = None, # Seconds to wait for a dead service; None: 600, less before its first answer
     total: int | None = None, # How many requests, for the progress bar
     label: str = '', # Of the progress bar
+    pace: Pace | None = None, # Spaces the calls; None: as all others in this process who ask the service
 ) -> Budget: # What was spent
     "Answer requests from the ledger or the model; each ends in a reply or a named failure."
     settings = ready_settings(model, concurrency)
     if not isinstance(ledger, Ledger):
-        more = dict(stage=stage, run=run, max_cost=max_cost, max_tokens=max_tokens, patience=patience)
+        more = dict(stage=stage, run=run, max_cost=max_cost, max_tokens=max_tokens, patience=patience, pace=pace)
         with Ledger(ledger) as opened:
             return ask_each(requests, settings, deliver, ledger=opened, total=total, label=label, **more)
     budget = Budget(settings, max_cost, max_tokens)
     with progress(total=total, label=label or settings.name, unit='call') as bar:
         recorder = Recorder(settings, ledger, budget, Outbox(deliver), stage, run, bar)
-        try: pay(requests, recorder, patience)
+        try: pay(requests, recorder, patience, pace)
         finally: recorder.close()
     return budget
 
@@ -789,6 +796,7 @@ def pay(
     requests: Iterable[Request], # Any number
     recorder: Recorder, # Takes the replies
     patience: float | None = None, # Seconds to wait for a dead service
+    pace: Pace | None = None, # Spaces the calls; None: the pace that this process has for the service
 ):
     "Have the provider answer what the ledger does not know."
     from kyara.providers import BATCHES, CALLS
@@ -802,7 +810,7 @@ def pay(
     first = next(queue.fresh, None)
     if not first: return
     heapq.heappush(queue.again, first)
-    throttle = Throttle(settings, notice, patience)
+    throttle = Throttle(settings, notice, patience, pace)
     async def work():
         async with CALLS[settings.provider](settings) as send: await send_all(queue, throttle, recorder, send)
     run_async(work())
@@ -920,6 +928,8 @@ def as_messages(prompt: str | list) -> list[dict]:
 # %% ../nbs/02_llm.ipynb #02000061
 class Client:
     "A model, the ledger, and who pays."
+    engine = staticmethod(ask_each) # Does the asking; a cluster puts a function of the same form in its place
+
     def __init__(
         self,
         model: str | ModelSettings, # A name in settings.ini, a folder, or settings
@@ -950,8 +960,8 @@ class Client:
         "Ask requests one after the other as they come, and hand each reply to `deliver`."
         left = [limit if limit is None else max(limit - spent, 0) for limit, spent in
                 ((self.max_cost, self.cost), (self.max_tokens, self.tokens))]
-        budget = ask_each(requests, self.settings, deliver, ledger=self.ledger, stage=self.stage, run=self.run,
-                          max_cost=left[0], max_tokens=left[1], patience=self.patience, total=total, label=label)
+        budget = self.engine(requests, self.settings, deliver, ledger=self.ledger, stage=self.stage, run=self.run,
+                             max_cost=left[0], max_tokens=left[1], patience=self.patience, total=total, label=label)
         self.cost, self.tokens = self.cost + budget.spent['max_cost'], self.tokens + budget.spent['max_tokens']
 
     def ask_json(self, prompts: list, schema: type | dict, json_mode: bool = False, heal: bool = False,
@@ -1013,7 +1023,7 @@ def known_or_allowed(client: Client, request: Request, level: int) -> bool:
     "Tell whether another try may be made: in a replay only if it was made before."
     return not replaying() or bool(client.ledger.get_many([call_key(_fresh(request, level), client.settings)]))
 
-# %% ../nbs/02_llm.ipynb #02000067
+# %% ../nbs/02_llm.ipynb #02000068
 @dataclass
 class Collected:
     "Replies that passed, and what it took."

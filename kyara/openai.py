@@ -191,7 +191,7 @@ class Place:
 
     def rest(self, now: float):
         "Leave it alone for a quarter of a second, twice as long with each failure, at most 8."
-        self.resting = now + min(8.0, 0.125 * 2 ** self.failures)
+        self.resting = now + min(8.0, 0.125 * 2 ** min(self.failures, 9))
 
 class Balanced:
     "Sends each request to the server that has the fewest calls under way."

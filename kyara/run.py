@@ -247,7 +247,7 @@ def _add_run(commands):
                    'kyara run runs/demo.yaml --set synthesis.max_rows=50')
     run.add_argument('recipe', help='a YAML file, e.g. runs/demo.yaml')
     run.add_argument('--set', action='append', default=[], metavar='STAGE.PARAM=VALUE',
-                     help='change a parameter; may be repeated; of several values (1,2) each makes a run')
+                     help='change a parameter, or engine=ray, engine.store=PLACE; may be repeated; of several values (1,2) each makes a run')
     run.add_argument('--from', dest='from_stage', default='', metavar='STAGE',
                      help='run this stage and all after it again')
     run.add_argument('--only', default='', metavar='STAGE', help='run this stage alone, again')

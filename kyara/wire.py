@@ -15,6 +15,7 @@ from urllib.parse import quote, urlsplit
 import orjson
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
+from . import __version__
 from .core import UserError
 
 # %% ../nbs/08_wire.ipynb #08000005
@@ -194,8 +195,9 @@ class Line:
         self.deadlines, self.reaching = Deadlines(seconds), Deadlines(30.0)
         self.secure = _verifying() if self.place.scheme == 'https' else None
         path = quote(self.place.path or '/', safe="/%:@!$&'()*+,;=~")
-        lines = {'Host': self.place.netloc, 'Accept': '*/*', 'Accept-Encoding': 'identity', **headers}
-        lines = [f'POST {path} HTTP/1.1', *(f'{name}: {value}' for name, value in lines.items()), 'Content-Length: ']
+        fields = {'Host': self.place.netloc, 'User-Agent': f'kyara/{__version__}', 'Accept': '*/*',
+                  'Accept-Encoding': 'identity', **headers}
+        lines = [f'POST {path} HTTP/1.1', *(f'{name}: {value}' for name, value in fields.items()), 'Content-Length: ']
         self.head = '\r\n'.join(lines).encode('latin-1')
 
     async def post(self, body: bytes) -> Answer:
@@ -261,8 +263,11 @@ class ProxiedLine:
         try:
             with self.deadlines:
                 async with self.session.post(self.url, data=body, proxy=self.proxy, allow_redirects=False) as reply:
-                    headers = {name.lower(): value for name, value in reply.headers.items()}
-                    return Answer(reply.status, headers, await reply.read())
+                    answer = Answer(reply.status, {name.lower(): value for name, value in reply.headers.items()})
+                    async for part in reply.content.iter_any():
+                        answer.body += part
+                        if len(answer.body) > MOST: raise Broken('the reply is too long')
+                    return answer
         except aiohttp.ClientConnectorError as error: raise Unreachable(str(error)) from None
         except aiohttp.ClientError as error: raise Broken(str(error) or type(error).__name__) from None
 

@@ -5,7 +5,8 @@ Every contestant works on the same rows in a process of its own, so that its mem
 `pip install semhash` for that contestant, which is left out where it is missing. Its own models have to be fetched, so it is given
 an encoder of hashed character 3-grams, and its column says how its search does, not its models.
 
-`python tests/bench_base.py 1000000 --stage` sends so many short rows through the whole base stage. Beside the time on the clock
+`python tests/bench_base.py 1000000 --stage` sends so many short rows through the whole base stage, `--candidates` through the selection
+of the curated set. Beside the time on the clock
 stands the time of the processor, which tells more where other work runs on the machine.
 """
 import argparse, importlib.util, json, random, resource, subprocess, sys, tempfile, time
@@ -140,6 +141,24 @@ def measure_stage(count: int) -> str:
     return (f'{count:>7}  stage: {spent:.0f} s ({worked:.0f} s of a processor), {statistics["tokens"] / statistics["dialogues"]:.0f} characters a row, '
             f'peak {peak:.0f} MB (before {before:.0f}); {json.dumps(dict(counts.most_common()))}')
 
+def measure_candidates(count: int) -> str:
+    "Rank and select scored rows that are made as they are read: what they take in memory."
+    from kyara.curation import place_candidates, read_candidates, select
+    drawn, words = random.Random(0), [f'{chr(0x4E00 + number)}{chr(0x5E00 + number)}' for number in range(2000)]
+    def make():
+        for _ in range(count):
+            tags = [words[int(drawn.triangular(0, 2000, 0))] for _ in range(drawn.randint(2, 5))]
+            meta = {'tags': tags, 'score_judge': drawn.randint(1, 10), 'score_reward': drawn.random(), 'details': json.dumps({'style': drawn.choice([1.0, 0.75])})}
+            turns = [{'role': 'user', 'content': '問' * 40}, {'role': 'assistant', 'content': '答' * drawn.randint(20, 300)}]
+            yield {'id': f'{drawn.getrandbits(64):016x}', 'messages': turns, 'task': drawn.choice(['knowledge_qa', 'math', 'public']), 'meta': meta}
+    before, worked = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    candidates = read_candidates(make())
+    place_candidates(candidates)
+    selected = sum(not reason for reason, _ in select(candidates, max_rows=count // 7))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (f'{count:>7}  candidates: {time.process_time() - worked:.0f} s of a processor, peak {peak / 1024:.0f} MB (before {before / 1024:.0f}): '
+            f'{1024 * (peak - before) / count:.0f} bytes a row; {selected} selected')
+
 CONTESTANTS = {'kyara': near_kyara, 'datasketch': near_datasketch, 'semhash': near_semhash}
 
 def measure(name: str, count: int) -> dict:
@@ -159,7 +178,9 @@ def main():
     parser.add_argument('--only', nargs='*', default=list(CONTESTANTS))
     parser.add_argument('--child', help=argparse.SUPPRESS)
     parser.add_argument('--stage', action='store_true')
+    parser.add_argument('--candidates', action='store_true')
     arguments = parser.parse_args()
+    if arguments.candidates: return print(measure_candidates(arguments.counts[0]), flush=True)
     if arguments.stage: return print(measure_stage(arguments.counts[0]), flush=True)
     if arguments.child == 'contamination': return print(measure_contamination(arguments.counts[0]))
     if arguments.child: return print(json.dumps(measure(arguments.child, arguments.counts[0])))

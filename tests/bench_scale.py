@@ -1,18 +1,20 @@
 """What Ray gives and costs, on real nodes as processes of this machine.
 
-`python tests/bench_scale.py [--only speed ceiling memory kill] [--calls 4000] [--rows 1000000]` prints a Markdown table a part. The loopback
+`python tests/bench_scale.py [--only speed ceiling memory kill shards] [--calls 4000] [--rows 1000000] [--problems 4000]` prints a Markdown table a part. The loopback
 server answers after 50 ms. This is no test: run it on a quiet machine.
 """
 import argparse
+import functools
+import json
 import tempfile
 import threading
 import time
 from pathlib import Path
 
 from loopback import serve
-from nodes import at_work, ray_nodes
+from nodes import at_work, environment, ray_nodes
 
-from kyara.cluster import RayEngine, ask_in_shards, caller, open_office
+from kyara.cluster import RayEngine, Store, ask_in_shards, caller, open_office, over_shards, read_engine, shard_table
 from kyara.core import ModelSettings, content_hash
 from kyara.ledger import Entry, entry_row
 from kyara.llm import Request, ask_each
@@ -71,25 +73,56 @@ def ceiling(folder, calls, size=256, threads=4):
     print(f'\nThe office looks up, claims and keeps {rounds * size * threads / seconds:,.0f} calls a second ({threads} callers, batches of {size}).', flush=True)
 
 
-def weigh(shard):
-    "Do what a cheap stage does to a shard; give rows and this worker's peak memory in MB."
-    import os
+def weigh(rows):
+    "Do what a cheap stage does to a shard; give ids and this worker's peak memory in MB."
     import resource
-    rows = [{**row, 'id': content_hash(row, 16)} for row in shard]
-    return len(rows), os.getpid(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return [(content_hash(row, 16), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024) for row in rows]
 
 
-def memory(folder, most):
+def working(nodes, workers, store=''):
+    "Work as a stage does that was started with so many workers; 0 for none but this process."
+    engine = {'name': 'ray', 'address': nodes.address, 'workers': workers} if workers else {}
+    return environment(KYARA_ENGINE=json.dumps(read_engine({**engine, 'store': str(store)})))
+
+
+def memory(nodes, most):
     "Peak memory of the largest worker and of this process, for ever more rows."
     print('\n| rows | largest worker, MB | this process, MB | seconds |\n|---|---|---|---|')
     import resource
-    for rows in [size for size in (10_000, 100_000, 1_000_000) if size <= most]:
-        shards = ([{'text': f'第{start + number}列' * 20} for number in range(1000)] for start in range(0, rows, 1000))
+    for count in [size for size in (10_000, 100_000, 1_000_000) if size <= most]:
+        rows = ({'text': f'第{number}列' * 20} for number in range(count))
         before, done, peak = time.perf_counter(), 0, 0.0
-        for count, _, megabytes in RayEngine(2).map(weigh, shards): done, peak = done + count, max(peak, megabytes)
-        assert done == rows
+        with working(nodes, 2):
+            for _, megabytes in over_shards(weigh, rows, size=1000): done, peak = done + 1, max(peak, megabytes)
+        assert done == count
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f'| {rows:,} | {peak:.0f} | {own:.0f} | {time.perf_counter() - before:.0f} |', flush=True)
+        print(f'| {count:,} | {peak:.0f} | {own:.0f} | {time.perf_counter() - before:.0f} |', flush=True)
+
+
+def solved(count):
+    "Make problems with three solutions each, as the offline teachers write them."
+    from kyara.families import MATH_FAMILIES, solve_problem, write_problem
+    for number in range(count):
+        family = MATH_FAMILIES[number % len(MATH_FAMILIES)]
+        problem, _ = write_problem(f'第{number}位居民', family.name, family.difficulty, number)
+        text, answer = solve_problem(problem) or ('', None)
+        solutions = [{'text': f'{text}\n答案：{answer}', 'answer': answer, 'model': 'offline', 'call_id': str(turn)} for turn in range(3)]
+        yield {'problem': problem, 'solutions': solutions}
+
+
+def shards(folder, nodes, count):
+    "Problems a second that the mathematics weighs, here and on workers, and again from the store."
+    from kyara.evidence import weigh_problems
+    problems, results = list(solved(count)), []
+    work = functools.partial(weigh_problems, min_agreement=0.6, max_pairs=1)
+    with working(nodes, 4): list(over_shards(work, problems[:256], size=16)) # Workers import what it takes
+    print(f'\n| engine | seconds for {count:,} problems | problems a second |\n|---|---|---|')
+    for workers, store in ((0, ''), (1, ''), (2, ''), (4, ''), (2, folder / 'store'), (2, folder / 'store')):
+        with working(nodes, workers, store): seconds = timed(lambda: results.append(list(over_shards(work, problems, size=64))))
+        kept = f', {"kept" if len(results) == 5 else "taken from the store"}' if store else ''
+        print(f'| {f"Ray, workers: {workers}" if workers else "local"}{kept} | {seconds:.1f} | {count / seconds:,.0f} |', flush=True)
+    assert all(result == results[0] for result in results)
+    print('The same results each time;', *(f'{row["shards"]} shards, {row["bytes"]:,} bytes kept' for row in shard_table(Store(str(folder / 'store')))))
 
 
 def kill(folder, nodes, calls):
@@ -110,18 +143,23 @@ def kill(folder, nodes, calls):
           f'{"the same as" if same else "OTHER THAN"} the local run; {seconds:.0f} s.', flush=True)
 
 
+PARTS = ['speed', 'ceiling', 'memory', 'kill', 'shards']
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', nargs='+', choices=['speed', 'ceiling', 'memory', 'kill'], default=['speed', 'ceiling', 'memory', 'kill'])
+    parser.add_argument('--only', nargs='+', choices=PARTS, default=PARTS)
     parser.add_argument('--calls', type=int, default=4000)
     parser.add_argument('--killed', type=int, default=20_000, help='calls of the run that loses a node')
+    parser.add_argument('--problems', type=int, default=4000, help='problems that are weighed by shards')
     parser.add_argument('--rows', type=int, default=1_000_000, help='rows of the largest stage')
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ray_nodes(Path(folder), others=1, cpus=3) as nodes:
         folder = Path(folder)
         if 'ceiling' in arguments.only: ceiling(folder, 20_000)
         if 'speed' in arguments.only: speed(folder, arguments.calls)
-        if 'memory' in arguments.only: memory(folder, arguments.rows)
+        if 'memory' in arguments.only: memory(nodes, arguments.rows)
+        if 'shards' in arguments.only: shards(folder, nodes, arguments.problems)
         if 'kill' in arguments.only: kill(folder, nodes, arguments.killed)
 
 

@@ -165,14 +165,14 @@ def measure(way, folder, count, mixture, packs):
     print(json.dumps({'busy': seen['rows'] / busy, 'wall': seen['rows'] / wall, 'all': seen['all'], 'rows': seen['rows'], 'steps': trainer.state.global_step,
                       'peak': grown / 1024, 'batch': trainer.args.per_device_train_batch_size, 'longest': longest}))
 
-def speed(count, repeats, mixture):
+def speed(count, repeats, mixture, ways):
     "Run every way in turn, several times, and print the best of each beside the defaults."
     from kyara.sft import make_student
     with TemporaryDirectory() as folder:
         make_student([turn['content'] for row in mixed_rows(200, mixture) for turn in row['messages']], folder + '/model', **SHAPE)
-        found, packs = {way: [] for way in WAYS}, 1
+        found, packs = {way: [] for way in WAYS if way == DEFAULTS or not ways or any(word in way for word in ways)}, 1
         for _ in range(repeats):
-            for way in WAYS:
+            for way in found:
                 command = [sys.executable, __file__, '--measure', way, '--folder', folder + '/model', '--rows', str(count), '--mixture', mixture,
                            '--packs', str(packs)]
                 child = subprocess.run(command, capture_output=True, text=True)
@@ -197,8 +197,9 @@ def print_speed(found, count, mixture, repeats):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--seeds', type=int, default=3, help='0: leave the first part out')
-    parser.add_argument('--rows', type=int, default=400, help='rows of the second part; 0: leave it out')
-    parser.add_argument('--repeats', type=int, default=2)
+    parser.add_argument('--rows', type=int, default=800, help='rows of the second part; 0: leave it out')
+    parser.add_argument('--repeats', type=int, default=1)
+    parser.add_argument('--ways', nargs='+', default=[], metavar='WORD', help='only these ways beside the defaults, e.g. packed grouped')
     parser.add_argument('--mixture', choices=LENGTHS, default='base', help='whose lengths the rows have')
     parser.add_argument('--measure', help=argparse.SUPPRESS)
     parser.add_argument('--folder', help=argparse.SUPPRESS)
@@ -209,6 +210,6 @@ def main():
         import torch
         torch.set_num_threads(1)
         learning(arguments.seeds)
-    if arguments.rows: speed(arguments.rows, arguments.repeats, arguments.mixture)
+    if arguments.rows: speed(arguments.rows, arguments.repeats, arguments.mixture, arguments.ways)
 
 if __name__ == '__main__': main()

@@ -1,13 +1,44 @@
-"""A Qdrant server's REST interface before qdrant-client's local mode, for tests: the wire is real, the engine is not."""
-import json, threading
+"""A Qdrant server for tests: the real one where `qdrant` is on PATH, and its REST interface before qdrant-client's local mode."""
+import contextlib, json, os, shutil, socket, subprocess, threading, time
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 from qdrant_client import QdrantClient, models
+from qdrant_client.http.exceptions import ResponseHandlingException
+
+@contextlib.contextmanager
+def real_qdrant(folder: Path, key: str) -> Iterator[str]: # Its address
+    "Run the server on PATH in a folder of its own."
+    folder.mkdir()
+    with socket.create_server(('127.0.0.1', 0)) as one, socket.create_server(('127.0.0.1', 0)) as other:
+        ports = [place.getsockname()[1] for place in (one, other)]
+    settings = {'SERVICE__HTTP_PORT': ports[0], 'SERVICE__GRPC_PORT': ports[1], 'SERVICE__API_KEY': key, 'SERVICE__HOST': '127.0.0.1',
+                'STORAGE__STORAGE_PATH': folder / 'storage', 'STORAGE__SNAPSHOTS_PATH': folder / 'snapshots', 'TELEMETRY_DISABLED': 'true'}
+    environment = os.environ | {f'QDRANT__{name}': str(value) for name, value in settings.items()}
+    with open(folder / 'log', 'w') as log: process = subprocess.Popen([shutil.which('qdrant')], cwd=folder, env=environment, stdout=log, stderr=log)
+    try:
+        client = QdrantClient(url=f'http://127.0.0.1:{ports[0]}', api_key=key, check_compatibility=False)
+        for _ in range(600):
+            with contextlib.suppress(ResponseHandlingException):
+                client.get_collections()
+                break
+            assert process.poll() is None, (folder / 'log').read_text()
+            time.sleep(0.1)
+        yield f'http://127.0.0.1:{ports[0]}'
+    finally:
+        process.kill()
+        process.wait()
 
 class FakeQdrant:
-    "Serves on loopback and asks for `key`; `requests` lists what came."
-    def __init__(self, key: str = ''):
+    """Serves on loopback and asks for `key`; `requests` lists what came, `most` is how many upserts were under way at once.
+
+    `trouble` may hold an upsert up before its points are written, and afterwards may break the connection off by returning True;
+    it is called with the number of the upsert and 'before' or 'after'.
+    """
+    def __init__(self, key: str = '', trouble: Callable[[int, str], bool | None] = lambda number, moment: None):
         self.key, self.client, self.requests, self.lock = key, QdrantClient(':memory:'), [], threading.Lock()
+        self.trouble, self.upserts, self.under_way, self.most = trouble, 0, 0, 0
         owner = self
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self): owner.answer(self)
@@ -29,8 +60,22 @@ class FakeQdrant:
         self.requests.append((handler.command, path))
         if self.key and handler.headers.get('api-key') != self.key: return self.send(handler, 401, {'status': {'error': 'no'}})
         collection, action = (path.split('/', 3) + [''])[2:4]
-        with self.lock: result = self.do(handler.command, collection, action, json.loads(body) if body else {})
+        work = lambda: self.do(handler.command, collection, action, json.loads(body) if body else {})
+        result = self.upsert(work) if (handler.command, action) == ('PUT', 'points') else self.alone(work)
+        if result is None: return handler.connection.close() # Broken off
         self.send(handler, 200, {'result': result, 'status': 'ok', 'time': 0.0})
+
+    def alone(self, work):
+        with self.lock: return work()
+
+    def upsert(self, work):
+        with self.lock:
+            self.upserts, self.under_way = self.upserts + 1, self.under_way + 1
+            number, self.most = self.upserts, max(self.most, self.under_way)
+        result = None if self.trouble(number, 'before') else self.alone(work)
+        if self.trouble(number, 'after'): result = None
+        with self.lock: self.under_way -= 1
+        return result
 
     def send(self, handler, status, value):
         data = json.dumps(value, default=lambda item: item.model_dump(mode='json')).encode()
@@ -43,6 +88,7 @@ class FakeQdrant:
     def do(self, method, collection, action, body):
         client, done = self.client, {'operation_id': 0, 'status': 'completed'}
         if action == 'exists': return {'exists': client.collection_exists(collection)}
+        if action == '' and method == 'GET': return client.get_collection(collection)
         if action == '':
             made = models.CreateCollection(**body)
             return client.create_collection(collection, made.vectors or {}, sparse_vectors_config=made.sparse_vectors)

@@ -31,7 +31,8 @@ def light_start(folder):
     seconds of a processor, a process, for nothing that Ray needs."""
     (folder / 'light').mkdir(exist_ok=True)
     (folder / 'light/rfc3987_syntax.py').write_text('raise ImportError\n')
-    return {'PYTHONPATH': f'{folder / "light"}{os.pathsep}{HERE}', 'RAY_USAGE_STATS_ENABLED': '0'}
+    places = [folder / 'light', HERE, os.environ.get('PYTHONPATH', '')]
+    return {'PYTHONPATH': os.pathsep.join(str(place) for place in places if place), 'RAY_USAGE_STATS_ENABLED': '0'}
 
 
 def processes(node):

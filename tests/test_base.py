@@ -108,6 +108,30 @@ def test_layout_of_public_set(name, raw, lang):
     assert row['meta']['license'] == 'unknown' and base.adapt(raw, name, 'Apache-2.0')['meta']['license'] == 'Apache-2.0'
 
 
+@pytest.mark.parametrize('raw', [
+    {'messages': [{'role': 'user', 'content': '1加1？'}, {'role': 'assistant', 'content': '1 + 1 = 2'}]},
+    {'conversations': [{'from': 'human', 'value': '1加1？'}, {'from': 'gpt', 'value': '1 + 1 = 2'}], 'id': 7},
+    {'conversation': [{'human': '1加1？', 'assistant': '1 + 1 = 2'}]},
+    {'prompt': [{'role': 'user', 'content': '1加1？'}], 'completion': [{'role': 'assistant', 'content': '1 + 1 = 2'}]},
+    {'prompt': [{'role': 'user', 'content': '1加1？'}], 'response': '1 + 1 = 2'},
+    {'problem': '1加1？', 'solution': '1 + 1 = 2', 'answer': '2', 'persona': '小學老師'},
+    {'question': '1加1？', 'answer': '1 + 1 = 2'}, {'question_zh': '1加1？', 'answer_zh': '1 + 1 = 2', 'question': None},
+    {'instruction': '1加1？', 'input': '', 'output': '1 + 1 = 2'}, {'input': '1加1？', 'output': '1 + 1 = 2'}, {'query': '1加1？', 'response': '1 + 1 = 2'},
+], ids=lambda raw: ' '.join(raw))
+def test_mathematics_of_kyara_in_any_layout(raw):
+    "The columns of the real set are not public: whichever of the usual ones they are, its rows are read."
+    row = base.adapt(raw, 'zake7749/kyara-chinese-math-sft-s0-30K')
+    assert [turn['content'] for turn in row['messages']] == ['1加1？', '1 + 1 = 2'] and row['task'] == 'math' and 'drop_reason' not in row
+
+
+@pytest.mark.parametrize('raw', [{'text': '只有文章'}, {'question': '只有問題？'}, {'conversations': [{'speaker': 'a', 'text': '沒有角色'}]},
+                                 {'messages': ['一串文字']}, {'prompt': ['一串文字'], 'answer': '2'}, {'messages': [{}]},
+                                 {'conversations': [{'from': 'tool', 'value': '{}'}]}, {'question': [], 'answer': '2'}], ids=str)
+def test_what_is_no_dialogue_says_so(raw):
+    row = base.adapt(raw, 'somebody/set')
+    assert row['drop_reason'] == 'unknown_layout' and json.loads(row['evidence']) == raw
+
+
 @pytest.mark.parametrize('name, raw, lang', LAYOUTS[:6], ids=[name for name, _, _ in LAYOUTS[:6]])
 def test_public_set_by_name_through_datasets(name, raw, lang, tmp_path, monkeypatch):
     "A local folder of the set's name stands in for the hub; the library that reads it is the real one."
@@ -418,7 +442,7 @@ def test_a_cluster_writes_the_same_files(tmp_path, monkeypatch):
     from kyara.reward import make_random_reward_model, open_reward_model, reward_scores
     from kyara.cluster import over_shards
     chance, originals = random.Random(4), texts(500)
-    rows = [talk(f'請介紹第{n % 7}件事。', text) for n, text in enumerate([*originals, *originals[:20], *(change(text, 0.05, chance) for text in originals[:40])])]
+    rows = [talk('請介紹這件事。', text) for text in [*originals, *originals[:20], *(change(text, 0.05, chance) for text in originals[:40])]]
     rows += [talk('为什么要分类？', '垃圾分类可以让资源循环利用，减少焚烧对环境的影响。', lang='zh-CN'), talk('笑一個。', '哈' * 40), {'text': '只有文章'}]
     source = write_lines(tmp_path / 'rows.jsonl', rows)
     held_out = write_lines(tmp_path / 'items.jsonl', [{'id': f'i{n}', 'question': text[:90] + '？'} for n, text in enumerate(originals[:9])])
@@ -431,7 +455,7 @@ def test_a_cluster_writes_the_same_files(tmp_path, monkeypatch):
         files = sorted(path for path in (tmp_path / name).rglob('*') if path.is_file())
         return counts, {str(path.relative_to(tmp_path / name)): path.read_bytes() for path in files}, list(over_shards(score, rows[:20], size=8))
     alone = made('alone')
-    assert not worked and {'near_duplicate', 'duplicate', 'repetition', 'unknown_layout'} < alone[0].keys() and len(alone[1]) == 5
+    assert not worked and {'contaminated', 'near_duplicate', 'duplicate', 'repetition', 'unknown_layout'} < alone[0].keys() and len(alone[1]) == 5
     with ray_nodes(tmp_path) as nodes, environment(KYARA_ENGINE=json.dumps({'name': 'ray', 'address': nodes.address, 'workers': 2})):
         together = made('together')
     assert len(worked) == 7 and together == alone

@@ -10,6 +10,13 @@ playwright = pytest.importorskip('playwright.sync_api', reason='playwright is no
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='there is no chromium; apt-get install chromium')
 PATIENCE = 180_000 # Milliseconds: a kernel on a busy machine may take its time
 
+def is_stage(path):
+    "Tell whether people open this notebook to run it: it has parameters, or is an orchestrator's."
+    return '"parameters"' in path.read_text(encoding='utf-8') or path.name.startswith('20_')
+
+STAGES = [path.stem for path in sorted((ROOT / 'nbs').glob('*.ipynb')) if is_stage(path)]
+WHOLE = STAGES if os.environ.get('KYARA_BROWSER') == 'all' else ['14_curation'] # All of them take a quarter of an hour
+
 def notebook(*sources):
     "Make a notebook of code cells."
     cells = [{'cell_type': 'code', 'id': f'c{number}', 'metadata': {}, 'source': source, 'execution_count': None, 'outputs': []}
@@ -98,9 +105,15 @@ def read_file(path):
 
 # A whole notebook
 
-@pytest.mark.parametrize('name', ['14_curation'])
+WATCH = """() => { window.bars = 0; new MutationObserver(() => { window.bars += document.querySelectorAll('.widget-hprogress').length })
+    .observe(document.body, { subtree: true, childList: true }) }"""
+STICKS_OUT = """[...document.querySelectorAll('.jp-OutputArea-output')].filter(output => output.scrollWidth > output.clientWidth + 2)
+    .map(output => output.innerText.slice(0, 200))"""
+
+@pytest.mark.parametrize('name', WHOLE)
 def test_run_all_finishes_and_shows_what_is_worth_seeing(page, lab, workspace, name):
     open_notebook(page, lab, name)
+    page.evaluate(WATCH)
     page.evaluate("async () => { await window.jupyterapp.commands.execute('notebook:run-all-cells') }")
     wait_until_idle(page)
     page.evaluate("async () => { await window.jupyterapp.commands.execute('docmanager:save') }")
@@ -110,7 +123,47 @@ def test_run_all_finishes_and_shows_what_is_worth_seeing(page, lab, workspace, n
     assert [''.join(cell['source']) for cell in cells if cell['source'] and not cell['execution_count']] == []
     text = json.dumps(outputs, ensure_ascii=False)
     assert re.search('[\u4e00-\u9fff]', text) and 'missing from' not in text, 'a glyph is missing: boxes'
+    assert '%|' not in text, 'a progress bar drawn with characters'
+    if name == '14_curation': assert page.evaluate('window.bars'), 'no progress bar was shown'
+    assert page.evaluate(STICKS_OUT) == []
     assert page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"]').count() == 0
+
+OPEN = """async path => {
+    const opened = await window.jupyterapp.commands.execute('docmanager:open', { path })
+    await opened.context.ready
+    await opened.revealed
+    const cells = opened.content.widgets.length
+    await opened.sessionContext.shutdown()
+    opened.close()
+    return cells
+}"""
+
+def test_every_stage_notebook_opens(page, lab, workspace):
+    "In one window, one after the other: all cells are there and nothing complains."
+    assert len(STAGES) >= 12, STAGES
+    page.goto(f'{lab}/lab/workspaces/{time.monotonic_ns()}')
+    page.wait_for_function("window.jupyterapp?.commands.hasCommand('docmanager:open')")
+    complaints = []
+    page.on('pageerror', lambda error: complaints.append(str(error)))
+    for name in STAGES:
+        shown = page.evaluate(OPEN, f'nbs/{name}.ipynb')
+        assert shown == len(read_file(workspace / f'nbs/{name}.ipynb')['cells']), name
+    assert page.locator('.jp-Dialog').count() == 0 and complaints == []
+
+def test_a_table_wraps_long_chinese(page, lab, workspace):
+    "Nothing is cut, nothing sticks out, words stand on the left and numbers on the right."
+    answer = '日月潭是臺灣面積最大的天然湖泊，位於南投縣魚池鄉。' * 20
+    source = f"from kyara.page import Table\nTable([{{'題目': '日月潭在哪裡？', '回答': {answer!r}, '字數': 500}}])"
+    (workspace / 'nbs/table.ipynb').write_text(notebook(source), encoding='utf-8')
+    open_notebook(page, lab, 'table')
+    run_all(page)
+    cell = page.locator('.jp-OutputArea-output td').nth(1)
+    cell.wait_for()
+    assert cell.inner_text() == answer
+    shape = cell.evaluate("cell => [cell.getBoundingClientRect().height / parseFloat(getComputedStyle(cell).fontSize), getComputedStyle(cell).textAlign]")
+    assert shape[0] > 8 and shape[1] == 'left', shape
+    assert page.locator('.jp-OutputArea-output td').nth(2).evaluate('cell => getComputedStyle(cell).textAlign') == 'right'
+    assert page.evaluate(STICKS_OUT) == []
 
 def test_plot_shows_chinese_without_fonts_of_the_machine(page, lab, workspace):
     "The plot in the browser is what matplotlib drew: characters with different shapes, none a box."

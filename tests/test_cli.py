@@ -228,7 +228,7 @@ def test_offsets_and_line_ends_are_those_of_the_file(inside, capsys):
     assert (inside / 'windows.txt').read_bytes() == text.replace('軟件', '軟體').encode()
 
 def test_score_prints_one_object_and_writes_rows(inside, capsys):
-    assert main(['score', 'gsm8k', 'outputs.jsonl', '--json', '--out', 'made/for/it/rows.jsonl']) == 0
+    assert main(['score', 'gsm8k', 'outputs.jsonl', '--partial', '--json', '--out', 'made/for/it/rows.jsonl']) == 0
     result = json.loads(capsys.readouterr().out)
     assert result.keys() == {'benchmark', 'rule', 'total', 'score', 'no_answer', 'details'} and result['score'] == 50
     rows = [json.loads(line) for line in (inside / 'made/for/it/rows.jsonl').read_text().splitlines()]

@@ -342,6 +342,15 @@ def test_one_of_two_servers_is_away_for_a_while(tmp_path, how):
     assert paid_again(stats[0]) + paid_again(stats[1]) == 0 and stats[0].last > stats[0].first + 1.4
 
 
+def test_one_of_two_servers_has_another_model(tmp_path):
+    "That is no fault to work around: the run stops and names the server."
+    with serve(latency=0.05) as right, serve(latency=0.05, model='another') as wrong:
+        desk = Desk(tmp_path, f'{right.url} {wrong.url}')
+        desk.write(questions(200))
+        assert len(one_line(desk.ask(), 2, wrong.url, '404')) == 1
+        assert wrong.stats().requests <= 16
+
+
 def test_all_servers_are_gone(tmp_path):
     with socket.socket() as one, socket.socket() as two:
         for place in (one, two): place.bind(('127.0.0.1', 0))

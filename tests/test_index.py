@@ -1,10 +1,10 @@
 "What the index notebook cannot say about itself: odd questions, other processes, servers, real text."
-import json, multiprocessing, os, signal
+import contextlib, json, multiprocessing, os, shutil, signal, threading
 
 import pytest
-from fake_qdrant import FakeQdrant
+from fake_qdrant import FakeQdrant, real_qdrant
 from passages import DOCUMENTS, DRCD, MOUNTAIN, RAILWAY, RIVER, needs_drcd, split
-from qdrant_client import models
+from qdrant_client import QdrantClient, models
 
 import kyara.collection
 import kyara.index
@@ -142,34 +142,73 @@ def test_local_mode_stands_in_and_says_so(tmp_path, monkeypatch):
         assert kb.search('？') == [[]] and [hit.doc_id for hit in kb.search('山', sources=['none'])[0]] == []
     with pytest.raises(UserError, match='made by qdrant-edge'): KnowledgeBase.open(tmp_path / 'edge')
 
-def test_a_server_gives_what_the_folder_gives(tmp_path, monkeypatch):
+@contextlib.contextmanager
+def qdrant_server(kind, folder, monkeypatch):
+    monkeypatch.setenv('KYARA_SETTINGS', str(folder / 'settings.ini'))
+    (folder / 'settings.ini').write_text('[qdrant]\nurl = http://127.0.0.1:1\napi_key_env = KYARA_TEST_QDRANT\n')
+    monkeypatch.setenv('KYARA_TEST_QDRANT', 'secret-7')
+    if kind == 'real' and not shutil.which('qdrant'): pytest.skip('no server: there is no `qdrant` on PATH')
+    if kind == 'real':
+        with real_qdrant(folder / 'server', 'secret-7') as url: yield url
+    else:
+        with FakeQdrant('secret-7') as server: yield server.url
+
+@pytest.mark.parametrize('kind', ['imitation', 'real'])
+def test_a_server_gives_what_the_folder_gives(tmp_path, monkeypatch, kind):
     documents = [{**MOUNTAIN, 'source': 'a'}, {**RIVER, 'source': 'b'}, {**RAILWAY, 'source': 'b'}]
     questions = ['最高的山', '铁路的轨距', '臺灣', '？']
     with KnowledgeBase.build(documents, embedding='hashing:64') as kb:
         expected = {way: [[hit.id for hit in hits] for hits in kb.search(questions, by=way)] for way in kb.ways()}
         filtered = kb.search('臺灣', sources=['b'])[0]
-    (tmp_path / 'settings.ini').write_text('[qdrant]\nurl = http://127.0.0.1:1\napi_key_env = KYARA_TEST_QDRANT\n')
-    monkeypatch.setenv('KYARA_SETTINGS', str(tmp_path / 'settings.ini'))
-    monkeypatch.setenv('KYARA_TEST_QDRANT', 'secret-7')
-    with FakeQdrant('secret-7') as server:
-        place = f'{server.url}/kyara'
+    with qdrant_server(kind, tmp_path, monkeypatch) as url:
+        place = f'{url}/kyara'
         KnowledgeBase.build(documents, place, embedding='hashing:64').close()
         with KnowledgeBase.open(place) as kb:
             assert {way: [[hit.id for hit in hits] for hits in kb.search(questions, by=way)] for way in kb.ways()} == expected
             assert [(hit.id, hit.text) for hit in kb.search('臺灣', sources=['b'])[0]] == [(hit.id, hit.text) for hit in filtered]
-        writes = len([path for method, path in server.requests if method == 'PUT'])
-        KnowledgeBase.build(documents, place, embedding='hashing:64').close()
-        assert len([path for method, path in server.requests if method == 'PUT']) == writes, 'the same corpus writes nothing'
+        with monkeypatch.context() as forbidding:
+            forbidding.setattr(kyara.collection.ClientStore, 'write_state', None) # Would be called before and after each write
+            KnowledgeBase.build(documents, place, embedding='hashing:64').close()
         with KnowledgeBase.build(documents[:2], place, embedding='hashing:64') as kb: assert len(list(kb.chunks())) == len(kb) == 2
-        server.client.create_collection('theirs', {}, sparse_vectors_config={})
-        server.client.upsert('theirs', [models.PointStruct(id=7, vector={}, payload={'text': '別人的資料'})])
-        with pytest.raises(UserError, match='theirs .* that Kyara did not make'): KnowledgeBase.build(documents, f'{server.url}/theirs')
-        assert server.client.count('theirs').count == 1, 'nobody else loses anything'
-        with pytest.raises(UserError, match='no collection other'): KnowledgeBase.open(f'{server.url}/other')
+        with pytest.warns(UserWarning, match='insecure'): theirs = QdrantClient(url=url, api_key='secret-7', check_compatibility=False)
+        theirs.create_collection('theirs', {}, sparse_vectors_config={})
+        theirs.upsert('theirs', [models.PointStruct(id=7, vector={}, payload={'text': '別人的資料'})])
+        with pytest.raises(UserError, match='theirs .* that Kyara did not make'): KnowledgeBase.build(documents, f'{url}/theirs')
+        assert theirs.count('theirs').count == 1, 'nobody else loses anything'
+        with pytest.raises(UserError, match='no collection other'): KnowledgeBase.open(f'{url}/other')
         monkeypatch.setenv('KYARA_TEST_QDRANT', 'wrong')
         with pytest.raises(UserError, match='refuses the key') as error: KnowledgeBase.open(place)
         assert 'wrong' not in str(error.value)
     with pytest.raises(UserError, match='no Qdrant server answers'): KnowledgeBase.open('http://127.0.0.1:9/kyara')
+
+@pytest.mark.parametrize('kind', ['imitation', 'real'])
+def test_a_server_holds_a_larger_corpus_as_a_folder_does(tmp_path, monkeypatch, kind):
+    documents, questions = many(1500), [f'第{number}號車站在哪一區？' for number in range(0, 1500, 100)]
+    with KnowledgeBase.build(documents) as kb: expected = kb.search(questions, k=1), list(kb.chunks())
+    with qdrant_server(kind, tmp_path, monkeypatch) as url, KnowledgeBase.build(documents, f'{url}/kyara') as kb:
+        assert list(kb.chunks()) == expected[1], 'batches in any order'
+        assert [hits[0].id for hits in kb.search(questions, k=1)] == [hits[0].id for hits in expected[0]]
+
+def test_batches_for_a_server_are_under_way_together_but_not_without_bound(tmp_path):
+    together = threading.Barrier(kyara.collection.UPSERTS)
+    def trouble(number, moment): # Number 1 is the state; then a full round of batches waits for each other
+        if moment == 'before' and 2 <= number <= 1 + kyara.collection.UPSERTS: together.wait(timeout=120)
+    with FakeQdrant(trouble=trouble) as server, KnowledgeBase.build(many(2000), f'{server.url}/kyara') as kb:
+        assert len(list(kb.chunks())) == 2000 and server.most == kyara.collection.UPSERTS
+        assert server.upserts == 12, 'ten batches, and the state before and after'
+
+def test_what_a_broken_connection_swallowed_is_sent_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(kyara.collection, 'PAUSES', (0.01,) * 5)
+    breaks = {(1, 'before'), (3, 'before'), (4, 'after'), (6, 'after'), (7, 'before')}
+    with KnowledgeBase.build(many(900)) as kb: expected = list(kb.chunks())
+    with FakeQdrant(trouble=lambda number, moment: (number, moment) in breaks) as server:
+        with KnowledgeBase.build(many(900), f'{server.url}/kyara') as kb: assert list(kb.chunks()) == expected
+        assert server.upserts == 7 + len(breaks), 'five batches, the state twice, and what broke off'
+    with FakeQdrant(trouble=lambda number, moment: number > 3) as server:
+        with pytest.raises(UserError, match='no Qdrant server answers'): KnowledgeBase.build(many(900), f'{server.url}/kyara')
+        with pytest.raises(UserError, match='interrupted; run it again'): KnowledgeBase.open(f'{server.url}/kyara')
+        server.trouble = lambda number, moment: None
+        with KnowledgeBase.build(many(900), f'{server.url}/kyara') as kb: assert list(kb.chunks()) == expected
 
 def test_a_server_must_be_named(tmp_path, monkeypatch):
     settings = tmp_path / 'settings.ini'
@@ -260,6 +299,11 @@ def test_an_embedding_model_adds_a_dense_vector(tmp_path):
         assert [hit.doc_id for hit in kb.search(DOCUMENTS[1]['title'] + '\n' + DOCUMENTS[1]['text'])[0]][0] == 'zhuoshui'
     with KnowledgeBase.open(tmp_path / 'kb') as kb, pytest.raises(UserError, match='sparse, dense, fused'): kb.search('山', by='meaning')
     with pytest.raises(UserError, match='no/such/model cannot be loaded'): KnowledgeBase.build(DOCUMENTS, embedding=str(tmp_path / 'no/such/model'))
+
+def test_every_passage_gets_its_own_vector():
+    documents = many(600) # More than one shard
+    pairs = [(f"{row['title']}\n{row['text']}", row['doc_id']) for row in documents[::40]]
+    with KnowledgeBase.build(documents, embedding='hashing:256') as kb: assert set(gold_ranks(kb, pairs, 1, 'dense')) == {1}
 
 def test_fused_ranks_stand_between_both_lists():
     with KnowledgeBase.build(many(60), embedding='hashing:256') as kb:

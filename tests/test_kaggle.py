@@ -26,6 +26,11 @@ class Teacher(Fake):
         return 200, {'candidates': [{'content': {'role': 'model', 'parts': parts}, 'finishReason': 'STOP', 'index': 0}],
                      'usageMetadata': usage, 'modelVersion': f'{model}-001'}
 
+def source_of(name):
+    "Find the source of a function of the notebook, without what follows it."
+    cells = [''.join(cell['source']) for cell in json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells']]
+    return next(part for cell in cells for part in cell.split('\n\n') if part.startswith(f'def {name}('))
+
 @pytest.fixture
 def kaggle(tmp_path):
     "Lay a folder out: a model among the inputs, an empty working folder, Kaggle's secrets with a key."
@@ -60,8 +65,7 @@ def test_demo_takes_the_attached_model_and_the_key_among_the_secrets(kaggle, mon
 @pytest.mark.parametrize('failure', ['ConnectionError', 'BackendError'])
 def test_without_a_secret_there_is_no_key(failure, monkeypatch):
     "The secret is not attached, or the internet is off."
-    cells = [''.join(cell['source']) for cell in json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells']]
-    source = next(cell for cell in cells if cell.startswith('def take_key')).split('\n\n')[0]
+    source = source_of('take_key')
     names, secrets = {'os': os, 'importlib': importlib}, types.ModuleType('kaggle_secrets')
     exec(f'class BackendError(Exception): pass\nclass UserSecretsClient:\n    def get_secret(self, name): raise {failure}', vars(secrets))
     secrets.__spec__ = importlib.machinery.ModuleSpec('kaggle_secrets', None)
@@ -70,7 +74,33 @@ def test_without_a_secret_there_is_no_key(failure, monkeypatch):
     exec(source, names)
     assert names['take_key']('GEMINI_API_KEY') is False
 
+@pytest.mark.parametrize('there, works, hidden', [(True, False, True), (True, True, False), (False, False, False)], ids=['P100', 'T4', 'none'])
+def test_a_gpu_that_computes_nothing_is_hidden(there, works, hidden, monkeypatch, capsys):
+    "A P100 is there, but PyTorch has no kernels for it any more."
+    asked = types.SimpleNamespace(run=lambda *_, **__: types.SimpleNamespace(returncode=0 if works else 1))
+    names = {'os': os, 'sys': sys, 'subprocess': asked, 'Path': lambda _: types.SimpleNamespace(exists=lambda: there)}
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0')
+    exec(source_of('hide_useless_gpu'), names)
+    names['hide_useless_gpu']()
+    assert (os.environ['CUDA_VISIBLE_DEVICES'] == '') is hidden is bool(capsys.readouterr().out)
+
+@pytest.mark.parametrize('name, bf16, dtype', [('P100', False, 'float32'), ('T4', False, 'float32'), ('L4', True, 'bfloat16')])
+def test_half_precision_fits_the_gpu(name, bf16, dtype, monkeypatch):
+    "A T4 emulates bf16 slowly and Gemma-2 overflows in fp16: only native bf16 counts."
+    import torch
+    from kyara.model import safe_dtype
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: bf16 or including_emulation)
+    assert safe_dtype() is getattr(torch, dtype)
+
+FIELDS = {'id', 'id_no', 'title', 'code_file', 'language', 'kernel_type', 'is_private', 'enable_gpu', 'enable_tpu', 'enable_internet', 'machine_shape',
+          'dataset_sources', 'competition_sources', 'kernel_sources', 'model_sources', 'docker_image', 'keywords'} # Of Kaggle's command line
+
 def test_metadata_is_ready_to_be_pushed():
     metadata = json.loads((ROOT / 'kernel-metadata.json').read_text())
-    assert (ROOT / metadata['code_file']) == NOTEBOOK and metadata['kernel_type'] == 'notebook'
+    assert metadata.keys() <= FIELDS
+    assert (ROOT / metadata['code_file']) == NOTEBOOK and metadata['kernel_type'] == 'notebook' and metadata['language'] == 'python'
     assert metadata['id'].split('/')[1] == metadata['title'].lower().replace(' ', '-'), 'Kaggle makes the slug from the title'
+    assert metadata['machine_shape'] != 'NvidiaTeslaP100', 'the default, and useless with the current image'
+    assert [source.count('/') for source in metadata['dataset_sources']] == [1], 'owner/name: the wheel'
+    assert [source.count('/') for source in metadata['model_sources']] == [4], 'owner/model/framework/variation/version'

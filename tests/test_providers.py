@@ -252,6 +252,20 @@ def test_sessions_with_gemini_share_nothing():
     with serve_rest(one) as first, serve_rest(two) as second: asyncio.run(main(gemini_settings(first), gemini_settings(second, key='')))
     assert len(one.calls) == 20 and set(one.keys) == {KEY} and not two.calls and set(two.keys) == {None}
 
+@pytest.mark.parametrize('start', [serve_rest, serve_grpc], ids=['rest', 'grpc'])
+def test_gemini_cancelled_in_the_moment_of_its_reply_stays_cancelled(start):
+    "In Python 3.11 `asyncio.wait_for` gave the reply instead, and the worker went on."
+    fake = Fake()
+    async def main(settings):
+        async with CALLS['gemini'](settings) as call:
+            task = asyncio.ensure_future(call(Request(turns('玉山'))))
+            while not fake.calls: await asyncio.sleep(0)
+            time.sleep(1) # The reply comes in while nobody looks
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError): await task
+    with start(fake) as url: asyncio.run(main(gemini_settings(url, timeout=30)))
+
 def test_a_hanging_call_keeps_no_interrupted_program_alive():
     code = '''import asyncio, time
 from kyara.gemini import Threads

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from kyara.core import fingerprint
+from kyara.recipe import write_stage
 from kyara.run import load_recipe, main, run_status
 
 ROOT = Path(__file__).parent.parent
@@ -41,14 +42,6 @@ corpus: str = 'sample:corpus'
 COUNT_PARAMETERS = "out_dir: str = '../runs/_notebook/count'\nsource: str = ''\nname: str = 'model'\n"
 RECIPE = {'stages': {'write': {'notebook': '01_write'}, 'count': {'notebook': '02_count', 'source': '{write}'}}}
 
-def write_notebook(path, parameters, code, tags=('parameters',)):
-    "Write a notebook of two cells."
-    cell = lambda number, text, tags: {'cell_type': 'code', 'id': f'cell{number}', 'metadata': {'tags': list(tags)}, 'source': text,
-                                       'execution_count': None, 'outputs': []}
-    kernel = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}}
-    notebook = {'cells': [cell(1, parameters, tags), cell(2, code, ())], 'metadata': kernel, 'nbformat': 4, 'nbformat_minor': 5}
-    path.write_text(json.dumps(notebook, ensure_ascii=False), encoding='utf-8')
-
 def write_recipe(root, recipe):
     "Write runs/tea.yaml."
     path = root / 'runs/tea.yaml'
@@ -58,8 +51,8 @@ def write_recipe(root, recipe):
 def make_workspace(root):
     "Make a workspace of two stages; give its recipe."
     for name in ('nbs', 'runs'): (root / name).mkdir(parents=True)
-    write_notebook(root / 'nbs/01_write.ipynb', WRITE_PARAMETERS, WRITE)
-    write_notebook(root / 'nbs/02_count.ipynb', COUNT_PARAMETERS, COUNT)
+    write_stage(root / 'nbs/01_write.ipynb', WRITE_PARAMETERS, WRITE)
+    write_stage(root / 'nbs/02_count.ipynb', COUNT_PARAMETERS, COUNT)
     return write_recipe(root, RECIPE)
 
 @pytest.fixture
@@ -135,9 +128,9 @@ def test_changed_notebook_code_and_artifacts_are_noticed(copy, capsys):
     folder, nbs = copy.with_suffix(''), copy.parent.parent / 'nbs'
     state = lambda: [row['state'] for row in run_status(folder)]
     assert state() == ['done', 'done']
-    write_notebook(nbs / '02_count.ipynb', COUNT_PARAMETERS, COUNT + '\n1 + 1\n')
+    write_stage(nbs / '02_count.ipynb', COUNT_PARAMETERS, COUNT + '\n1 + 1\n')
     assert state() == ['done', 'runs next: notebook changed']
-    write_notebook(nbs / '02_count.ipynb', '# Only a comment\n' + COUNT_PARAMETERS, COUNT)
+    write_stage(nbs / '02_count.ipynb', '# Only a comment\n' + COUNT_PARAMETERS, COUNT)
     assert state() == ['done', 'done']
     manifest = json.loads((folder / 'write/manifest.json').read_text())
     (folder / 'write/manifest.json').write_text(json.dumps({**manifest, 'code': 'of yesterday'}))
@@ -147,6 +140,34 @@ def test_changed_notebook_code_and_artifacts_are_noticed(copy, capsys):
     assert state() == ['runs next: dropped is missing', 'waits for write']
     (folder / 'count.ipynb').unlink()
     assert state()[1] == 'runs next: its notebook did not finish'
+
+def test_a_store_spares_another_machine_the_work(copy, tmp_path, capsys):
+    "What decides the artifacts decides what is taken: not the folder, but parameters, notebook and inputs."
+    store = ['--set', f'engine.store={tmp_path / "store"}']
+    assert main(['run', str(copy), *store]) == 0 and started_stages(capsys) == [] # What was finished is put there, too
+    other = make_workspace(tmp_path / 'b')
+    assert main(['run', str(other), *store]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count('taken from the store') == 2 and 'starts' not in printed, printed
+    assert hashes(other) == hashes(copy) and [row['state'] for row in run_status(other.with_suffix(''))] == ['done', 'done']
+    assert main(['run', str(other), *store, '--set', 'count.name=other']) == 0 and started_stages(capsys) == ['count']
+    assert main(['run', str(other), *store]) == 0
+    assert 'count: taken from the store' in capsys.readouterr().out
+    assert main(['run', str(other), *store, '--only', 'count']) == 0 and started_stages(capsys) == ['count'] # Asked for
+
+def test_a_store_is_not_believed(copy, tmp_path, capsys):
+    "A damaged file, a file outside of the stage, and a place that cannot be reached: one line each."
+    store = ['--set', f'engine.store={tmp_path / "store"}']
+    main(['run', str(copy), *store])
+    fresh = lambda name: str(make_workspace(tmp_path / name))
+    for listed in (tmp_path / 'store').glob('stages/*/files.json'): files = json.loads(listed.read_text())
+    for shard in (tmp_path / 'store').glob('stages/*/stage/dialogue/*.parquet'): shard.write_bytes(b'PAR1')
+    assert_told(capsys, main(['run', fresh('b'), *store]), 'part-00000.parquet in the store is damaged')
+    for listed in (tmp_path / 'store').glob('stages/*/files.json'): listed.write_text(json.dumps({'../../../evil': 'x', **files}))
+    assert_told(capsys, main(['run', fresh('c'), *store]), '../../../evil, which lies outside')
+    assert not list(tmp_path.rglob('evil'))
+    assert_told(capsys, main(['run', fresh('d'), '--set', 'engine.store=nowhere://x']), 'nowhere')
+    assert_told(capsys, main(['run', fresh('e'), '--set', 'engine.store=[1]']), 'store cannot be')
 
 def test_from_only_and_fresh(copy, capsys):
     for words, expected in ((['--from', 'write'], ['write', 'count']), (['--from', 'count'], ['count']), (['--only', 'write'], ['write']),
@@ -237,7 +258,7 @@ def test_yaml_that_is_none(recipe, capsys):
 @pytest.mark.parametrize('parameters, tags, part', [
     (WRITE_PARAMETERS, [], '0 cells tagged parameters'), ('least: int = max(1, 2)', ['parameters'], 'name: type = literal')])
 def test_bad_parameters_cell(recipe, capsys, parameters, tags, part):
-    write_notebook(recipe.parent.parent / 'nbs/01_write.ipynb', parameters, WRITE, tags)
+    write_stage(recipe.parent.parent / 'nbs/01_write.ipynb', parameters, WRITE, tags)
     assert_told(capsys, main(['run', str(recipe)]), part)
 
 def test_missing_key_is_told_before_anything_runs(recipe, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 "The student, what its loss counts, bad rows and folders, and training that was killed."
 import importlib.util, json, math, os, random, re, shutil, signal, subprocess, sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2ForCausalLM, PreTrainedTokenizerFast
+from trl import DPOConfig
 
 from kyara import optimise, sft
 from kyara.change import answer_log_probabilities, answer_prompts, length_growth
@@ -572,10 +574,17 @@ def test_qlora_leaves_a_merged_model_in_full_precision(student, tmp_path):
     assert log['train'][-1]['loss'] < log['train'][0]['loss'] and {weight.dtype for weight in new.values()} == {torch.float32}
     assert new.keys() == old.keys() and all('proj' in name for name in old if not torch.equal(old[name], new[name]))
 
-@pytest.mark.parametrize('loss_type', [['ipo'], ['sppo_hard'], ['apo_zero'], ['sigmoid', 'sft']], ids='+'.join)
-def test_losses_of_trl_by_name(student, tmp_path, loss_type):
-    log = train_dpo(outcome_pairs(4), [], student, tmp_path, 80, loss_type=loss_type, max_steps=1, logging_steps=1)
-    assert math.isfinite(log['train'][0]['loss']) and (tmp_path / 'model').is_dir()
+LOSSES = ('sigmoid', 'hinge', 'ipo', 'exo_pair', 'nca_pair', 'robust', 'bco_pair', 'sppo_hard', 'aot', 'aot_unpaired', 'apo_zero', 'apo_down',
+          'discopop', 'sft', 'sigmoid_norm')
+
+def test_every_loss_of_trl_goes_by_its_name(student, tmp_path):
+    "Those that TRL documents, and no others; several at once with weights."
+    documented = next(field.metadata['help'] for field in fields(DPOConfig) if field.name == 'loss_type')
+    assert tuple(re.findall(r"'(\w+)'", documented)) == LOSSES
+    for loss_type in (*([name] for name in LOSSES), ['sigmoid', 'sft']):
+        more = {'label_smoothing': 0.1} if loss_type[0] in ('exo_pair', 'robust') else {'loss_weights': [1.0, 0.5]} if len(loss_type) > 1 else {}
+        log = train_dpo(outcome_pairs(4), [], student, tmp_path / '+'.join(loss_type), 80, loss_type=loss_type, max_steps=1, logging_steps=1, **more)
+        assert math.isfinite(log['train'][0]['loss']) and (tmp_path / '+'.join(loss_type) / 'model').is_dir(), loss_type
 
 def test_reference_asked_once_and_length_left_alone_change_nothing(trained, tmp_path):
     base, pairs = trained[0] / 'model', [preference(row['messages'][:-1], row['messages'][-1]['content'], '答案：0', 'spin') for row in sums(16)]

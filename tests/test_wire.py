@@ -1,5 +1,5 @@
 "What a connection has to bear: real sockets, both event loops, TLS with certificates made here."
-import asyncio, gzip, ipaddress, json, socket, ssl, time, zlib
+import asyncio, gzip, ipaddress, socket, ssl, zlib
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta, timezone
 
@@ -8,9 +8,9 @@ import uvloop
 
 from kyara import wire
 from kyara.core import ModelSettings, UserError
-from kyara.llm import CallFailure, Refused, Request
+from kyara.llm import Refused, Request
 from kyara.openai import open_openai
-from kyara.wire import Broken, Line, Unreachable, open_line
+from kyara.wire import Broken, Unreachable, open_line
 
 OK, BODY = b'HTTP/1.1 200 OK\r\n', '{"高": 3952}'.encode()
 WHOLE = OK + b'Content-Length: %d\r\n\r\n' % len(BODY) + BODY
@@ -289,8 +289,11 @@ def test_tls_verifies_who_answers_before_anything_is_sent(run, names, trusted, s
 
 
 def test_a_server_that_speaks_no_tls_is_unreachable(run):
+    async def plain(reader, writer):
+        writer.write(WHOLE)
+        writer.close()
     async def main():
-        async with await asyncio.start_server(lambda reader, writer: writer.write(WHOLE), '127.0.0.1', 0) as server:
+        async with await asyncio.start_server(plain, '127.0.0.1', 0) as server:
             async with open_line(f'https://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1', {}, 20) as line: return await outcome(line)
     assert type(run(main())) is Unreachable
 
@@ -334,6 +337,27 @@ def test_nobody_there_is_unreachable_and_asked_again_each_time(run):
         async with open_line('http://127.0.0.1:9/v1', {}, 20) as line: return [*first, await outcome(line)]
     got = run(main())
     assert all(type(error) is Unreachable for error in got) and 'kyara.invalid' in str(got[0]) and '127.0.0.1:9' in str(got[2]), got
+
+
+def test_through_a_proxy_the_same_holds(run, monkeypatch):
+    "aiohttp speaks to it; lengths, names of failures, limits and redirects are as without."
+    monkeypatch.setattr(wire, 'MOST', 200_000)
+    replies = [WHOLE, with_length(gzip.compress(BODY), b'Content-Encoding: gzip'), with_length(gzip.compress(b'x' * 300_000), b'Content-Encoding: gzip'),
+               b'HTTP/1.1 307 Moved\r\nLocation: http://127.0.0.1:9/\r\nContent-Length: 0\r\n\r\n', WHOLE[:-1]]
+    async def answer(writer, number, request):
+        writer.write(replies[number - 1])
+        return 'end' if number == 5 else None
+    async def main():
+        async with serving(answer) as proxy:
+            monkeypatch.setenv('http_proxy', f'http://127.0.0.1:{proxy.port}')
+            async with open_line('http://models.example/v1', {'Authorization': 'Bearer sk-secret'}, 20) as line:
+                got = [await outcome(line) for _ in range(3)], (await line.post(b'{}')).status, await outcome(line)
+            monkeypatch.setenv('http_proxy', 'http://127.0.0.1:9')
+            async with open_line('http://models.example/v1', {}, 20) as line: return *got, await outcome(line), sum(proxy.connections, [])
+    (whole, unpacked, long), status, broken, nobody, requests = run(main())
+    assert (whole, unpacked, status) == (BODY, BODY, 307) and len(requests) == 5
+    assert type(long) is Broken and 'too long' in str(long) and type(broken) is Broken and type(nobody) is Unreachable
+    assert all(request.startswith(b'POST http://models.example/v1 ') for request in requests)
 
 
 @pytest.mark.parametrize('key', ['sk-1\r\nX-Evil: yes', 'sk-鑰匙'], ids=['lines', 'letters'])
