@@ -7,11 +7,11 @@ __all__ = ['LEASE', 'ENGINE', 'Session', 'Office', 'reserve_many', 'SharedPace',
            'RayEngine', 'package_versions', 'run_shard', 'outcome_of', 'beside_shards', 'reach', 'Store', 'packed',
            'unpacked', 'exported', 'function_key', 'make_shard', 'shard_name', 'read_shard', 'shard_table',
            'open_office', 'caller', 'Asking', 'lent_pace', 'ask_in_shards', 'lost', 'read_engine', 'import_ray',
-           'connect', 'cluster_of', 'absolute', 'start_cluster', 'joined', 'join', 'ask_on_cluster', 'stays_here',
-           'over_shards']
+           'connect', 'cluster_of', 'absolute', 'start_cluster', 'light_imports', 'joined', 'join', 'ask_on_cluster',
+           'stays_here', 'over_shards']
 
 # %% ../nbs/03_cluster.ipynb #03000002
-import base64, functools, gzip, importlib, inspect, itertools, json, os, posixpath, socket, sys, threading, time
+import base64, functools, gzip, importlib, inspect, itertools, json, os, posixpath, socket, sys, tempfile, threading, time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,11 +20,11 @@ from pathlib import Path
 from types import FunctionType
 
 import kyara
-from .core import ModelSettings, UserError, batched, code_version, content_hash, file_hash, progress
+from .core import ModelSettings, UserError, batched, code_version, content_hash, file_hash, progress, write_text
 from .ledger import Entry, INSERT, Ledger, entry_row
 from .llm import Budget, Client, Pace, Reply, Request, ask_each, call_key, guess_tokens, replaying
 
-# %% ../nbs/03_cluster.ipynb #03000005
+# %% ../nbs/03_cluster.ipynb #03000004
 LEASE = 60.0 # Seconds that a silent session keeps its claims
 
 @dataclass
@@ -118,7 +118,7 @@ class Office:
     def _drop(self, place, name):
         self._give(place, [call for (where, call), holder in self.owners.items() if (where, holder) == (place, name)])
 
-# %% ../nbs/03_cluster.ipynb #03000009
+# %% ../nbs/03_cluster.ipynb #03000008
 def reserve_many(
     office: Office, # Has the pace of each service
     service: tuple, # Model, address, requests and tokens per minute
@@ -159,7 +159,7 @@ class SharedPace(Pace):
         waits, now = self.call('reserve', self.service, count, tokens, self.late), time.monotonic()
         self.late, self.moments = 0.0, deque((now + wait, tokens) for wait in waits)
 
-# %% ../nbs/03_cluster.ipynb #03000013
+# %% ../nbs/03_cluster.ipynb #03000012
 class RemoteLedger(Ledger):
     "A ledger that the office keeps, for one attempt at one shard."
     def __init__(self, call: Callable, place: str, name: str, attempt: str, beat: float = 10.0):
@@ -218,7 +218,7 @@ class RemoteLedger(Ledger):
             with self._lock: claimed = list(self._granted)
             self.call('hear', *self._who, claimed)
 
-# %% ../nbs/03_cluster.ipynb #03000016
+# %% ../nbs/03_cluster.ipynb #03000015
 @dataclass(frozen=True)
 class Failed:
     "A shard that failed for good."
@@ -242,7 +242,7 @@ class LocalEngine:
                 reason = f'{type(error).__name__}: {error}'
         return Failed(reason)
 
-# %% ../nbs/03_cluster.ipynb #03000017
+# %% ../nbs/03_cluster.ipynb #03000016
 class RayEngine:
     "Runs shards on the workers of a Ray cluster."
     def __init__(self, workers: int = 0): # Shards at work at once; 0: as many as the cluster has processors
@@ -301,7 +301,7 @@ def beside_shards(
             yield shard
     for result in engine.map(function, remembered(), **options): yield drawn.popleft(), result
 
-# %% ../nbs/03_cluster.ipynb #03000020
+# %% ../nbs/03_cluster.ipynb #03000019
 @functools.cache
 def reach(url: str) -> tuple: # File system, and the path in it
     "Reach a place; Arrow speaks S3 and Google Cloud Storage without another package, fsspec all the rest."
@@ -372,7 +372,7 @@ class Store:
         finally:
             if file: file.close()
 
-# %% ../nbs/03_cluster.ipynb #03000023
+# %% ../nbs/03_cluster.ipynb #03000022
 def packed(value): # Anything JSON can hold; reading it with `unpacked` gives exactly `value`
     "Write a value down; `TypeError` for what cannot be."
     if value is None or type(value) in (bool, int, float, str): return value
@@ -396,7 +396,7 @@ def unpacked(value): # What `packed` was given
     import numpy as np
     return np.frombuffer(base64.b64decode(held[2]), held[0]).reshape(held[1]).copy()
 
-# %% ../nbs/03_cluster.ipynb #03000026
+# %% ../nbs/03_cluster.ipynb #03000025
 def exported(
     function: Callable, # A function, or a `functools.partial` of one
 ) -> Callable: # The same, imported, if it was a notebook's own and stands in a module of this package
@@ -411,7 +411,7 @@ def exported(
     name = next((path.stem for path in modules if f'\n{source}\n' in path.read_text('utf-8')), None)
     return getattr(importlib.import_module(f'kyara.{name}'), function.__name__) if name else function
 
-# %% ../nbs/03_cluster.ipynb #03000028
+# %% ../nbs/03_cluster.ipynb #03000027
 def function_key(
     function: Callable, # Of a module, or a `functools.partial` of one
 ) -> list | None: # Its name, the version of its code, its arguments; None if these cannot be written down
@@ -459,7 +459,7 @@ def read_shard(data: bytes | None) -> list | None: # None if it is not there or 
     except (OSError, EOFError, ValueError): return None # gzip's and UTF-8's errors
     return unpacked(json.loads(text)) if known and known == content_hash(text, 64) else None
 
-# %% ../nbs/03_cluster.ipynb #03000029
+# %% ../nbs/03_cluster.ipynb #03000028
 def shard_table(
     store: Store,
 ) -> list[dict]: # A row for each function: its name, shards, bytes
@@ -470,7 +470,7 @@ def shard_table(
         row['shards'], row['bytes'] = row['shards'] + 1, row['bytes'] + size
     return [{'function': name, **row} for name, row in table.items()]
 
-# %% ../nbs/03_cluster.ipynb #03000032
+# %% ../nbs/03_cluster.ipynb #03000031
 def open_office(): # An actor handle
     "Find the cluster's office, or found it."
     import ray
@@ -516,7 +516,7 @@ def lent_pace(settings: ModelSettings, call: Callable) -> SharedPace | None: # N
     address, limits = settings.base_url or settings.provider, (settings.requests_per_minute, settings.tokens_per_minute)
     return SharedPace((settings.model, address, *limits), call) if any(limits) else None
 
-# %% ../nbs/03_cluster.ipynb #03000033
+# %% ../nbs/03_cluster.ipynb #03000032
 def ask_in_shards(
     requests: Iterable[Request], # Any number; drawn as they are needed
     settings: ModelSettings, # Who is asked
@@ -553,7 +553,7 @@ def lost(request: Request, settings: ModelSettings, reason: str) -> Reply:
     "Make the reply of a request whose shard failed."
     return Reply(call_key(request, settings), '', 'error', error=f'shard failed: {reason}')
 
-# %% ../nbs/03_cluster.ipynb #03000035
+# %% ../nbs/03_cluster.ipynb #03000034
 ENGINE = {'name': 'local', 'address': '', 'workers': 0, 'shard_size': 1000, 'failed_shards': 'stop', 'store': ''}
 
 def read_engine(
@@ -599,13 +599,14 @@ def cluster_of(
 ):
     "Have the stages of a run work on a cluster and keep what is finished, and end what was started for them."
     if engine['store']: engine = {**engine, 'store': absolute(engine['store'])}
-    on_ray = engine['name'] == 'ray'
-    if on_ray: engine = {**engine, 'address': start_cluster(engine)}
-    os.environ['KYARA_ENGINE'] = json.dumps(engine)
-    try: yield
-    finally:
-        del os.environ['KYARA_ENGINE']
-        if on_ray: sys.modules['ray'].shutdown()
+    with tempfile.TemporaryDirectory() as folder:
+        on_ray = engine['name'] == 'ray'
+        if on_ray: engine = {**engine, 'address': start_cluster(engine, folder)}
+        os.environ['KYARA_ENGINE'] = json.dumps(engine)
+        try: yield
+        finally:
+            del os.environ['KYARA_ENGINE']
+            if on_ray: sys.modules['ray'].shutdown()
 
 def absolute(url: str) -> str:
     "Say where a place is, for processes that work in other folders; refuse what cannot be reached."
@@ -613,16 +614,28 @@ def absolute(url: str) -> str:
     reach(url)
     return url
 
-def start_cluster(engine: dict) -> str: # Its address
+def start_cluster(engine: dict, folder: str) -> str: # Its address
     "Join the cluster of an engine, or start one of this machine."
     ray = import_ray()
     if engine['address']: connect(engine['address'])
     else:
-        ray.init('local', num_cpus=engine['workers'] or None, include_dashboard=False, object_store_memory=200 * 2**20,
-                 logging_level='ERROR', log_to_driver=False)
+        with light_imports(folder):
+            ray.init('local', num_cpus=engine['workers'] or None, include_dashboard=False, object_store_memory=200 * 2**20,
+                     logging_level='ERROR', log_to_driver=False)
     return ray.get_runtime_context().gcs_address
 
-# %% ../nbs/03_cluster.ipynb #03000036
+@contextmanager
+def light_imports(folder: str): # Stays as long as they live
+    "Have the processes that are started meanwhile import Ray as `import_ray` does."
+    before = os.environ.get('PYTHONPATH')
+    write_text(Path(folder, 'rfc3987_syntax.py'), 'raise ImportError\n')
+    os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [folder, before]))
+    try: yield
+    finally:
+        if before is None: del os.environ['PYTHONPATH']
+        else: os.environ['PYTHONPATH'] = before
+
+# %% ../nbs/03_cluster.ipynb #03000035
 def joined() -> dict: # As `read_engine` gives it, with the cluster's address
     "Say which engine the run of this process was started with."
     return {**ENGINE, **json.loads(os.environ.get('KYARA_ENGINE') or '{}')}
@@ -649,7 +662,7 @@ def stays_here(settings: ModelSettings, ledger: Ledger) -> bool:
     "Tell a model of this machine, a provider's batch jobs, a ledger of this process and a replay."
     return settings.provider in ('local', 'gemini-batch') or ledger.temporary or ledger.read_only or replaying()
 
-# %% ../nbs/03_cluster.ipynb #03000040
+# %% ../nbs/03_cluster.ipynb #03000039
 def over_shards(
     function: Callable, # From a list of items to a list as long; of a module, or a `functools.partial` of one
     items: Iterable, # Drawn as they are needed

@@ -358,7 +358,7 @@ class ModelSettings:
     name: str # The name that recipes use
     provider: str # 'offline', 'openai', 'gemini', 'gemini-batch' or 'local'
     model: str = '' # The provider's own name of the model, or a folder
-    base_url: str = '' # Endpoint, for `openai`; grpc://HOST:PORT has `gemini` speak gRPC
+    base_url: str = '' # Endpoint, for `openai` also several apart by spaces; grpc://HOST:PORT has `gemini` speak gRPC
     api_key_env: str = '' # Environment variable that holds the key
     timeout: float = 120.0 # Seconds a request may take
     requests_per_minute: int = 0 # 0: no limit

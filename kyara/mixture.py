@@ -107,10 +107,12 @@ def obey_labels(
     reviewed: list[tuple[str, Label]], # Gets the origin of each pair that somebody looked at, and what was said
 ) -> Iterator[dict]: # All of them: as they were, changed, or with a `drop_reason`
     "Let people outrank the judge."
+    counted = set() # Two comparisons may be of the same two answers
     for pair in pairs:
         label = None if 'drop_reason' in pair else labels.get(pair['id'])
         if label:
-            reviewed.append((pair['origin'], label))
+            if pair['id'] not in counted: reviewed.append((pair['origin'], label))
+            counted.add(pair['id'])
             pair = _unjudged(pair, next(apply_labels([pair], labels)), label.verdict)
         yield pair
 

@@ -172,9 +172,9 @@ def choose_repeats(
     threshold: float, # Similarity of repeats
 ) -> dict[int, tuple[int, float]]: # Number of each text that goes: the one that stays for it, and their similarity
     "Say which texts repeat an earlier one."
-    gone = {}
-    for later, earlier, similarity in zip(*(column.tolist() for column in pairs), strict=True):
-        if similarity < threshold or earlier in gone: continue
+    near, gone = pairs[2].astype(np.float64) >= threshold, {} # Most pairs are there for trying other thresholds
+    for later, earlier, similarity in zip(*(column[near].tolist() for column in pairs), strict=True):
+        if earlier in gone: continue
         if similarity > gone.get(later, (0, 0.0))[1]: gone[later] = (earlier, similarity)
     return gone
 

@@ -2,13 +2,14 @@
 
 Random weights in the shape of Gemma-2-2b, full-parameter, bf16 arithmetic over float32 weights, sequences of 4,096 tokens, packed rows of mixed
 length. Tokens a second, the share of the device's peak matrix rate, peak memory, and DPO steps a second. Without a device it says so and passes over."""
-import argparse, os, random, sys, time
+import argparse, gc, os, random, sys, time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 GEMMA_2B = dict(hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4, head_dim=256,
                 query_pre_attn_scalar=256, max_position_embeddings=8192, sliding_window=4096, vocab_size=256_000)
-PEAK = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12, 'A10': 125e12, '4090': 165e12} # Dense bf16, as the maker states it
+PEAK = {'H200 NVL': 836e12, 'H100 NVL': 836e12, 'H100 PCIe': 756e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L40': 181e12,
+        'L4': 121e12, 'A10G': 70e12, 'A10': 125e12, '4090': 165e12} # Dense bf16, as the maker states it; the first name that fits
 
 def make_gemma(folder, layers):
     "Save a model of the shape of Gemma-2-2b with random weights; its tokenizer is a small one, its vocabulary is whole."
@@ -58,20 +59,18 @@ def train_packed(folder, arguments, attention):
     import torch
     from trl import SFTTrainer
     from kyara.sft import encode_rows, load_model, load_tokenizer, master_dtype, sft_arguments
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     tokenizer, clock = load_tokenizer(folder), Clock()
     rows, _, _ = encode_rows(mixed_dialogues(arguments.tokens * arguments.batch * (arguments.steps + 2), arguments.tokens), tokenizer, folder / 'rows')
     settings = sft_arguments(folder, arguments.tokens, packing=True, per_device_train_batch_size=arguments.batch, max_steps=arguments.steps, learning_rate=1e-5,
                              eval_strategy='no', save_strategy='no', logging_steps=100, optim='adamw_torch_fused', gradient_checkpointing=not arguments.keep_activations)
     trainer = SFTTrainer(model=load_model(folder, master_dtype(None), attention), args=settings, train_dataset=rows, processing_class=tokenizer)
     listen(trainer, clock)
-    packs = trainer.train_dataset['seq_lengths']
+    packs = list(trainer.train_dataset['seq_lengths'])
     trainer.train()
     seconds = (clock.ends[-1] - clock.ends[2]) / (len(clock.ends) - 3)
     filled = sum(sum(lengths) for lengths in packs) / len(packs)
-    tokens, lengths = filled * arguments.batch, [length for lengths in list(packs)[:arguments.batch] for length in lengths]
-    rate = flops(trainer.model.num_parameters(), tokens, lengths, arguments.layers) / seconds
+    tokens, lengths = filled * arguments.batch, [length for lengths in packs for length in lengths]
+    rate = flops(trainer.model.num_parameters(), len(packs) * filled, lengths, arguments.layers) * arguments.batch / len(packs) / seconds # Of a mean step
     peak = next((value for name, value in PEAK.items() if name in torch.cuda.get_device_name()), None)
     share = f'{100 * rate / peak:.1f} % of the peak' if peak else 'peak rate of this device is not known'
     print(f'SFT, {attention}: {tokens / seconds:,.0f} tokens/s, {rate / 1e12:.0f} TFLOP/s ({share}; recomputation for checkpointing not counted), '
@@ -83,8 +82,6 @@ def train_pairs(folder, arguments):
     from datasets import Dataset
     from trl import DPOTrainer
     from kyara.dpo import dpo_arguments, load_model, load_tokenizer, master_dtype
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     say = lambda text: [{'role': 'assistant', 'content': text}]
     rows = [{'prompt': row['messages'][:1], 'chosen': row['messages'][1:], 'rejected': say(row['messages'][1]['content'][::-1][:-1])}
             for row in mixed_dialogues(2000 * arguments.steps, 1024)][:arguments.steps * 2]
@@ -96,6 +93,16 @@ def train_pairs(folder, arguments):
     seconds = (clock.ends[-1] - clock.ends[2]) / (len(clock.ends) - 3)
     print(f'DPO, one pair a step: {1 / seconds:.2f} steps/s, peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB', flush=True)
 
+def tried(name, measure, *arguments):
+    "Measure; what does not fit or cannot be compiled on this device is said, and the rest is measured all the same."
+    import torch
+    from kyara.chat import first_line
+    gc.collect() # Trainers hold themselves in circles, and weights and optimizer with them
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try: measure(*arguments)
+    except (RuntimeError, ValueError) as error: print(f'{name}: failed, {type(error).__name__}: {first_line(error)}', flush=True)
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--tokens', type=int, default=4096, help='length of a sequence')
@@ -105,6 +112,7 @@ def main():
     parser.add_argument('--attention', nargs='+', default=['kyara_documents', 'flex_attention'])
     parser.add_argument('--keep-activations', action='store_true', help='no gradient checkpointing')
     arguments = parser.parse_args()
+    if arguments.steps < 4: parser.error('--steps must be at least 4: the first three are not counted')
     import torch
     if not torch.cuda.is_available(): return print('no CUDA device here: nothing was measured')
     if not torch.cuda.is_bf16_supported(including_emulation=False): sys.exit(f'{torch.cuda.get_device_name()} has no bf16: this benchmark needs it')
@@ -112,7 +120,7 @@ def main():
     print(f'{torch.cuda.get_device_name()}, torch {torch.__version__}, sequences of {arguments.tokens} tokens, {arguments.batch} a step', flush=True)
     with TemporaryDirectory() as place:
         folder = make_gemma(Path(place) / 'model', arguments.layers)
-        for attention in arguments.attention: train_packed(folder, arguments, attention)
-        train_pairs(folder, arguments)
+        for attention in arguments.attention: tried(f'SFT, {attention}', train_packed, folder, arguments, attention)
+        tried('DPO', train_pairs, folder, arguments)
 
 if __name__ == '__main__': main()

@@ -1,7 +1,8 @@
 """How fast, how large, how good: `python tests/bench_index.py [1000 10000 100000]`.
 
 Passages are recombined from the sentences of ../shared/data, so that they are as varied as one likes. Every contestant
-indexes them in a process of its own, so that its memory is its own. Queries of the knowledge base and of the bare engine
+indexes them in a process of its own, so that its memory is its own; "beside" is the peak of the largest process that it
+started, of which two run on two cores. Queries of the knowledge base and of the bare engine
 alternate in one process, block by block, and the best of three rounds counts, because other work on the machine hits both.
 Not part of the tests; `pip install bm25s numba tantivy` for the other contestants, which are left out where they are missing.
 """
@@ -152,7 +153,8 @@ def measure(name, count, folder) -> dict:
     asking = seconds(lambda: answers.extend(search([question for question, _ in questions])))
     singly = seconds(lambda: [search([question]) for question, _ in questions[:300]])
     row = {'index': count / (first if isinstance(first, float) else spent - making), 'batched': len(questions) / asking,
-           'single': min(300, len(questions)) / singly, 'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+           'single': min(300, len(questions)) / singly, 'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+           'beside': resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024}
     if count > 1000: return row
     ranks = [answer.index(gold) + 1 if gold in answer else 0 for answer, (_, gold) in zip(answers, questions)]
     return row | {'hit@1': ranks.count(1) / len(ranks), 'hit@10': sum(map(bool, ranks)) / len(ranks),
@@ -191,7 +193,7 @@ def main():
     if arguments.child:
         print(json.dumps(measure(arguments.child[0], arguments.counts[0], Path(arguments.child[1]))))
         return
-    print(f"{'passages':>8}  {'contestant':18} {'indexed/s':>9} {'batched/s':>9} {'single/s':>9} {'peak MB':>8}  hit@1  hit@10 mrr@10")
+    print(f"{'passages':>8}  {'contestant':18} {'indexed/s':>9} {'batched/s':>9} {'single/s':>9} {'peak MB':>8} {'beside':>6}  hit@1  hit@10 mrr@10")
     for count in arguments.counts:
         with tempfile.TemporaryDirectory() as folder:
             for name in arguments.only: print_row(name, count, Path(folder) / name)
@@ -211,6 +213,6 @@ def print_row(name, count, folder):
     if done.returncode: sys.exit(done.stderr)
     row = json.loads(done.stdout.splitlines()[-1])
     quality = ' '.join(f'{row[key]:.4f}' for key in ('hit@1', 'hit@10', 'mrr@10') if key in row)
-    print(f"{count:>8}  {name:18} {row['index']:9.0f} {row['batched']:9.0f} {row['single']:9.0f} {row['peak']:8.0f}  {quality}", flush=True)
+    print(f"{count:>8}  {name:18} {row['index']:9.0f} {row['batched']:9.0f} {row['single']:9.0f} {row['peak']:8.0f} {row['beside']:6.0f}  {quality}", flush=True)
 
 if __name__ == '__main__': main()

@@ -33,10 +33,10 @@ def real_qdrant(folder: Path, key: str) -> Iterator[str]: # Its address
 class FakeQdrant:
     """Serves on loopback and asks for `key`; `requests` lists what came, `most` is how many upserts were under way at once.
 
-    `trouble` may hold an upsert up before its points are written, and afterwards may break the connection off by returning True;
-    it is called with the number of the upsert and 'before' or 'after'.
+    `trouble` is called with an upsert's number, 'before' its points are written and 'after'. It may take its time, return True to
+    break the connection off, or a status to answer with.
     """
-    def __init__(self, key: str = '', trouble: Callable[[int, str], bool | None] = lambda number, moment: None):
+    def __init__(self, key: str = '', trouble: Callable[[int, str], bool | int | None] = lambda number, moment: None):
         self.key, self.client, self.requests, self.lock = key, QdrantClient(':memory:'), [], threading.Lock()
         self.trouble, self.upserts, self.under_way, self.most = trouble, 0, 0, 0
         owner = self
@@ -61,9 +61,10 @@ class FakeQdrant:
         if self.key and handler.headers.get('api-key') != self.key: return self.send(handler, 401, {'status': {'error': 'no'}})
         collection, action = (path.split('/', 3) + [''])[2:4]
         work = lambda: self.do(handler.command, collection, action, json.loads(body) if body else {})
-        result = self.upsert(work) if (handler.command, action) == ('PUT', 'points') else self.alone(work)
-        if result is None: return handler.connection.close() # Broken off
-        self.send(handler, 200, {'result': result, 'status': 'ok', 'time': 0.0})
+        upserting = (handler.command, action) == ('PUT', 'points')
+        failure, result = self.upsert(work) if upserting else (None, self.alone(work))
+        if failure is True: return handler.connection.close()
+        self.send(handler, failure or 200, {'result': result, 'status': 'ok', 'time': 0.0})
 
     def alone(self, work):
         with self.lock: return work()
@@ -72,10 +73,11 @@ class FakeQdrant:
         with self.lock:
             self.upserts, self.under_way = self.upserts + 1, self.under_way + 1
             number, self.most = self.upserts, max(self.most, self.under_way)
-        result = None if self.trouble(number, 'before') else self.alone(work)
-        if self.trouble(number, 'after'): result = None
+        failure = self.trouble(number, 'before')
+        result = None if failure else self.alone(work)
+        failure = failure or self.trouble(number, 'after')
         with self.lock: self.under_way -= 1
-        return result
+        return failure, result
 
     def send(self, handler, status, value):
         data = json.dumps(value, default=lambda item: item.model_dump(mode='json')).encode()

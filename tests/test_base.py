@@ -1,6 +1,7 @@
 """Base set: every drop reason, every layout, planted duplicates and planted evaluation items"""
 import gzip
 import json
+import pickle
 import random
 import re
 from collections import Counter
@@ -435,6 +436,17 @@ def test_a_sentence_that_answers_an_item_is_no_leak():
     index = base.ItemIndex([('a', '何人呼籲在繁殖季節立法禁止狩獵來保護動物？')])
     assert index.find('他呼籲在繁殖季節立法禁止狩獵來保護動物，法案後來通過。') == ''
     assert index.find('請回答：何人曾經呼籲在繁殖季節立法禁止狩獵來保護動物？') == 'a'
+
+
+def test_indexes_travel_as_their_items():
+    items = [(f'i{n}', text[:60] + '？') for n, text in enumerate(texts(50))]
+    for index in (base.ItemIndex(items), base.MeaningIndex(items, 'hashing:512', 0.8)):
+        sent = pickle.dumps(index)
+        there = pickle.loads(sent)
+        assert there is pickle.loads(sent), 'made once in a process'
+        assert len(sent) < 2 * sum(len(pickle.dumps(item)) for item in items), 'no tables of n-grams, no vectors'
+        asked = [text for _, text in items[:20]] + ['玉山多高？']
+        assert there.find_all(asked) == index.find_all(asked) and there.find_all(asked)[3].startswith('i3') and not there.find_all(asked)[-1]
 
 
 def test_a_cluster_writes_the_same_files(tmp_path, monkeypatch):

@@ -220,6 +220,11 @@ def test_finished_shards_on_s3(bucket, tmp_path, monkeypatch):
     assert book.read_text() == 'xxx'
     row, = shard_table(Store(bucket))
     assert row['function'] == 'test_cluster.noted' and row['shards'] == 3
+    (tmp_path / 'large').write_bytes(os.urandom(9 * 2**20)) # Files of stages go in pieces
+    Store(bucket).send(tmp_path / 'large', 'stages/x/stage/large')
+    Store(bucket).fetch('stages/x/stage/large', tmp_path / 'there/large')
+    assert (tmp_path / 'there/large').read_bytes() == (tmp_path / 'large').read_bytes()
+    with pytest.raises(UserError, match='is not there'): Store(bucket).fetch('stages/x/none', tmp_path / 'none')
 
 
 def test_what_cannot_be_written_down_is_made_each_time(tmp_path):

@@ -1,5 +1,5 @@
 "Pages are executed as written: every command runs, in order; what needs a key is at least understood."
-import configparser, os, re, shlex, shutil, subprocess, sys
+import configparser, json, os, re, shlex, shutil, subprocess, sys, zipfile
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,8 @@ def blocks(path, language):
 def workspace(tmp_path):
     "Lay a checkout out: notebooks, settings, an empty folder of runs, the command `kyara`."
     shutil.copytree(ROOT / 'nbs', tmp_path / 'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
-    shutil.copy(ROOT / 'settings.ini', tmp_path)
+    shutil.copytree(ROOT / 'kyara', tmp_path / 'kyara', ignore=shutil.ignore_patterns('__pycache__'))
+    for name in ('settings.ini', 'pyproject.toml', 'README.md', 'kernel-metadata.json'): shutil.copy(ROOT / name, tmp_path)
     (tmp_path / 'runs').mkdir()
     (tmp_path / 'bin').mkdir()
     command = tmp_path / 'bin/kyara'
@@ -33,7 +34,8 @@ def run_page(workspace, path):
     "Run the blocks of a page as one shell script that stops at the first failure."
     script = 'set -e\n' + '\n'.join(text for text, needs_key in blocks(path, 'sh') if not needs_key)
     places = [str(workspace / 'bin'), str(Path(sys.executable).parent), os.environ['PATH']]
-    environment = {**os.environ, 'PATH': os.pathsep.join(places), 'PYTHONPATH': str(ROOT), 'KYARA_PROGRESS': '0'}
+    environment = {**os.environ, 'PATH': os.pathsep.join(places), 'PYTHONPATH': str(ROOT), 'KYARA_PROGRESS': '0',
+                   'PIP_NO_BUILD_ISOLATION': '0'} # Means that there is none: nothing is fetched
     environment.pop('KYARA_SETTINGS', None)
     return subprocess.run(['bash', '-c', script], cwd=workspace, env=environment, capture_output=True, text=True, timeout=900)
 
@@ -65,7 +67,14 @@ def check_models(workspace, said):
         parser.read_string(text)
         for name in parser.sections(): parse_model(name, dict(parser[name]))
 
-CHECKS = {'your_corpus.md': check_corpus, 'your_language.md': check_language, 'bring_a_model.md': check_models}
+def check_kaggle(workspace, said):
+    "The wheel holds what the demo needs, and its data set is the one that the notebook is given."
+    wheel, = (workspace / 'dist').glob('kyara-*.whl')
+    assert {'kyara/review.py', 'kyara/data/review.js', 'kyara/data/corpus.jsonl'} <= set(zipfile.ZipFile(wheel).namelist())
+    name = json.loads((workspace / 'dist/dataset-metadata.json').read_text())['id']
+    assert json.loads((workspace / 'kernel-metadata.json').read_text())['dataset_sources'] == [name]
+
+CHECKS = {'on_kaggle.md': check_kaggle, 'your_corpus.md': check_corpus, 'your_language.md': check_language, 'bring_a_model.md': check_models}
 
 @pytest.mark.parametrize('path', PAGES + READMES, ids=stem)
 def test_every_command_is_understood(path):
@@ -79,6 +88,11 @@ def test_every_command_is_understood(path):
 def test_links_lead_somewhere(path):
     targets = re.findall(r'\]\(([^)#:]+)\)', path.read_text(encoding='utf-8'))
     assert [target for target in targets if not (path.parent / target).exists()] == []
+
+def test_readme_names_every_notebook_once():
+    linked = re.findall(r'^\| \[\w+\]\(nbs/(\w+)\.ipynb\)', (ROOT / 'README.md').read_text(encoding='utf-8'), re.M)
+    others = {'20_review', '20_run', '90_kaggle_demo'}
+    assert sorted([*linked, *others]) == sorted(path.stem for path in (ROOT / 'nbs').glob('*.ipynb'))
 
 @pytest.mark.parametrize('path', [ROOT / 'docs/your_language.md'], ids=stem)
 def test_notebooks_that_a_page_names_exist(path):

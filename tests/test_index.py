@@ -3,11 +3,13 @@ import contextlib, json, multiprocessing, os, shutil, signal, threading
 
 import pytest
 from fake_qdrant import FakeQdrant, real_qdrant
+from nodes import environment, ray_nodes
 from passages import DOCUMENTS, DRCD, MOUNTAIN, RAILWAY, RIVER, needs_drcd, split
 from qdrant_client import QdrantClient, models
 
 import kyara.collection
 import kyara.index
+from kyara.cluster import RayEngine
 from kyara.core import UserError, read_rows, start_stage
 from kyara.corpus import read_documents
 from kyara.index import KnowledgeBase, build_index, gold_ranks, retrieval_quality, squad_questions
@@ -199,9 +201,9 @@ def test_batches_for_a_server_are_under_way_together_but_not_without_bound(tmp_p
 
 def test_what_a_broken_connection_swallowed_is_sent_again(tmp_path, monkeypatch):
     monkeypatch.setattr(kyara.collection, 'PAUSES', (0.01,) * 5)
-    breaks = {(1, 'before'), (3, 'before'), (4, 'after'), (6, 'after'), (7, 'before')}
+    breaks = {(1, 'before'): True, (3, 'before'): True, (4, 'after'): True, (6, 'after'): True, (7, 'before'): 503}
     with KnowledgeBase.build(many(900)) as kb: expected = list(kb.chunks())
-    with FakeQdrant(trouble=lambda number, moment: (number, moment) in breaks) as server:
+    with FakeQdrant(trouble=lambda number, moment: breaks.get((number, moment))) as server:
         with KnowledgeBase.build(many(900), f'{server.url}/kyara') as kb: assert list(kb.chunks()) == expected
         assert server.upserts == 7 + len(breaks), 'five batches, the state twice, and what broke off'
     with FakeQdrant(trouble=lambda number, moment: number > 3) as server:
@@ -209,6 +211,8 @@ def test_what_a_broken_connection_swallowed_is_sent_again(tmp_path, monkeypatch)
         with pytest.raises(UserError, match='interrupted; run it again'): KnowledgeBase.open(f'{server.url}/kyara')
         server.trouble = lambda number, moment: None
         with KnowledgeBase.build(many(900), f'{server.url}/kyara') as kb: assert list(kb.chunks()) == expected
+        server.trouble = lambda number, moment: 507
+        with pytest.raises(UserError, match=r'refuses upsert on kyara \(507\)'): KnowledgeBase.build(many(9), f'{server.url}/kyara')
 
 def test_a_server_must_be_named(tmp_path, monkeypatch):
     settings = tmp_path / 'settings.ini'
@@ -304,6 +308,17 @@ def test_every_passage_gets_its_own_vector():
     documents = many(600) # More than one shard
     pairs = [(f"{row['title']}\n{row['text']}", row['doc_id']) for row in documents[::40]]
     with KnowledgeBase.build(documents, embedding='hashing:256') as kb: assert set(gold_ranks(kb, pairs, 1, 'dense')) == {1}
+
+def test_workers_of_a_cluster_make_the_same_vectors(tmp_path, monkeypatch):
+    pytest.importorskip('ray', reason='pip install "kyara[ray]"')
+    worked, real = [], RayEngine.map
+    monkeypatch.setattr(RayEngine, 'map', lambda engine, *rest, **how: worked.append(engine) or real(engine, *rest, **how))
+    def meanings():
+        with KnowledgeBase.build(many(600), embedding='hashing:16') as kb:
+            return kb.search([row['text'] for row in many(600)[::60]], k=3, by='dense')
+    here = meanings()
+    with ray_nodes(tmp_path) as nodes, environment(KYARA_ENGINE=json.dumps({'name': 'ray', 'workers': 2, 'address': nodes.address})):
+        assert not worked and meanings() == here and len(worked) == 1
 
 def test_fused_ranks_stand_between_both_lists():
     with KnowledgeBase.build(many(60), embedding='hashing:256') as kb:

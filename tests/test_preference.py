@@ -255,9 +255,11 @@ def test_small_weights_are_as_good_as_large_ones(settings):
 
 class Scripted:
     "A client that says what it was told to say."
-    model = 'student'
+    model, settings = 'student', ModelSettings('student', 'offline')
     def __init__(self, *replies): self.replies = [reply(*one) if isinstance(one, tuple) else reply(one) for one in replies]
     def ask(self, prompts, **sampling): return self.replies[:len(prompts)]
+    def ask_each(self, requests, deliver, *_):
+        for each, _ in zip(self.replies, requests): deliver(each)
 
 def test_spin_drops_answers_that_teach_nothing():
     curated = ['玉山海拔3,952公尺。', '玉山海拔3,952公尺。', '3 + 4 = 7\n答案：7', '玉山海拔3,952公尺。', '濁水溪是臺灣最長的河川。', '玉山海拔3,952公尺。']

@@ -2,6 +2,8 @@
 import csv
 import gzip
 import json
+import random
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from kyara.core import UserError
 from kyara.score import read_outputs, score_file, score_rows
 from kyara.metrics import (aggregate_alignbench, aggregate_tmmluplus, alignbench_score, arena_verdict, extract_answer,
-                         judge_pair, judge_score, number_value, reason_score)
+                         judge_pair, judge_score, reason_score, same_number, token_preference)
 
 DATA = Path(__file__).parent.parent.parent/'shared'/'data'
 EXPECTED = json.loads((DATA/'expected.json').read_text()) if (DATA/'expected.json').exists() else None
@@ -99,6 +101,14 @@ def test_alpaca_eval(model):
     assert figures['length_controlled_win_rate'] == pytest.approx(want['length_controlled_winrate'], abs=0.16)
     assert figures['length_controlled_win_rate'] == pytest.approx(want['lc_plain_mle_with_equiv_gamed'], abs=1e-4)
     assert got['score'] == figures['length_controlled_win_rate']
+
+@needs_data
+def test_preferences_follow_from_the_probabilities_of_two_tokens():
+    rows = [row for model in EXPECTED['alpaca_eval'] for row in read_outputs(DATA/f'alpaca_eval/annotations/{model}.csv.gz') if row['logprob_m'] and row['logprob_M']]
+    for row in rows:
+        both = [token_preference(float(row['logprob_m']), float(row['logprob_M']), shown) for shown in (True, False)] # The order shown is not public
+        assert float(row['preference']) == pytest.approx(both[0], abs=1e-6) or float(row['preference']) == pytest.approx(both[1], abs=1e-6), row
+    assert len(rows) > 4000
 
 @needs_data
 def test_mt_bench_single():
@@ -202,6 +212,27 @@ def test_every_figure_that_was_printed_is_ours():
     assert not wrong and len(rows) > 170, (len(rows), wrong)
     assert {place[0] for place, _, _ in rows} == EXPECTED.keys() - {'opencc', 'drcd_bm25_computed_here'}
 
+@pytest.mark.parametrize('answer,gold,right', [
+    ('$1,200', '1200', True), ('大約 15 天', '15', True), ('-3/4', '-0.75', True), ('7.0', '7', True), ('12', '# 12', True),
+    ('1#2', '12', False), # Only the right answer loses its sign
+    ('3/0', '3', True), # Nothing can be divided: the first number counts
+    ('2**10', '1024', False), # Nothing is evaluated
+    ('', '0', False), ('零', '0', False), ('1 2', '12', False), ('0.5', '1/2', True)])
+def test_numbers_are_compared_as_zeroeval_does(answer, gold, right): assert same_number(answer, gold) == right
+
+def test_alignbench_judgements_are_read_as_its_script_reads_them():
+    "Its patterns take quadratic time; ours may not, and must give the same."
+    def theirs(text):
+        last = re.search(r'{(.*?)}(?![^{]*{)', text)
+        score = dict(re.findall(r"'(.*?)': (\d+)", last[1])).get('综合得分') if last else None
+        found = re.search(r"'综合得分': (\d+(\.\d{1,2})?)", text)
+        return float(score) if score else float(found[1]) if found else -1.0
+    draw = random.Random(0)
+    pieces = ['{', '}', "'综合得分': 8", "'综合得分': 7.5", "'清晰度': 6", '\n', "'", ': ', '文', "'综合得分'"]
+    texts = [''.join(draw.choices(pieces, k=draw.randint(0, 12))) for _ in range(20_000)]
+    assert [alignbench_score(text) for text in texts] == [theirs(text) for text in texts]
+    assert len({alignbench_score(text) for text in texts}) > 3
+
 def test_files_of_others_are_read_as_they_are(tmp_path):
     zero = [{'session_id': 'gsm-0', 'chat_history': ['九加六？'], 'model_output': None, 'generator': 'm', 'answer': '15', 'output': ['{"answer": "15"}']},
             {'session_id': 'gsm-1', 'answer': '7', 'output': ['不知道'], 'generator': 'm'}]
@@ -263,6 +294,19 @@ def test_missing_and_foreign_items_are_named(tmp_path):
     assert got['score'] == 100 and got['details']['partial'] # Every item that was asked, and yet not the whole benchmark
     with pytest.raises(UserError, match='2 items have no output.*first is 3'): score_rows('crux', outputs(3), items=path)
     with pytest.raises(UserError, match='1 outputs are of no item.*first is 5'): score_rows('crux', outputs(6), items=path)
+
+def test_gold_answers_may_come_with_the_items(tmp_path):
+    "ZeroEval's own files leave the solutions of puzzles out, and GSM8K's gold answers are whole solutions."
+    table = {'header': ['House', '姓名'], 'rows': [['1', '阿明'], ['2', '小美']]}
+    reply = json.dumps({'solution': {'House 1': {'姓名': '阿明'}, 'House 2': {'姓名': '小美'}}})
+    rows = [{'session_id': f'lgp-test-2x2-{number}', 'output': [reply], 'generator': 'm'} for number in range(2)]
+    with pytest.raises(UserError, match='solution'): score_rows('zebra-grid', rows, partial=True)
+    (tmp_path/'zebra.jsonl').write_text('\n'.join(json.dumps({'id': row['session_id'], 'solution': table}) for row in rows))
+    assert score_rows('zebra-grid', rows, items=tmp_path/'zebra.jsonl')[0]['score'] == 100
+    (tmp_path/'gsm.jsonl').write_text(json.dumps({'question': '3加4？', 'answer': '3 + 4 = <<3+4=7>>7\n#### 7'}))
+    assert score_rows('gsm8k', [{'output': '{"answer": "7"}'}], items=tmp_path/'gsm.jsonl')[0]['score'] == 100
+    (tmp_path/'crux.jsonl').write_text(json.dumps({'id': 'sample_0', 'code': 'x', 'output': '7'})) # Its gold answers are called output
+    with pytest.raises(UserError, match='no output'): score_rows('crux', [{'id': 'sample_0', 'answer': '7'}], items=tmp_path/'crux.jsonl')
 
 def test_empty_outputs_are_no_answers_and_judges_without_verdict_are_counted():
     empty = [{**row, 'output': value} for row, value in zip(outputs(4), ('', [], None, '{"answer": "1"}'))]
