@@ -182,12 +182,12 @@ def command_lint(arguments) -> int:
 # %% ../nbs/20_run.ipynb #20000013
 def command_score(arguments) -> int:
     "Score stored outputs."
-    from kyara.score import score_file
+    from kyara.score import result_tables, score_file
     files = dict(data=arguments.data, out=arguments.out and writable(arguments.out), items=arguments.items)
     with reading(arguments.file) as path:
         result = score_file(arguments.benchmark, path, rule=arguments.rule, partial=arguments.partial, **files)
     if arguments.json: print_json(result)
-    else: print(text_table([{key: value for key, value in result.items() if key != 'details'}]))
+    else: print('\n\n'.join(text_table(table) for table in result_tables(result)))
     return 0
 
 def command_completion(arguments) -> int:
