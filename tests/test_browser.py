@@ -15,7 +15,7 @@ def is_stage(path):
     return '"parameters"' in path.read_text(encoding='utf-8') or path.name.startswith('20_')
 
 STAGES = [path.stem for path in sorted((ROOT / 'nbs').glob('*.ipynb')) if is_stage(path)]
-WHOLE = STAGES if os.environ.get('KYARA_BROWSER') == 'all' else ['14_curation'] # All of them take a quarter of an hour
+WHOLE = STAGES if os.environ.get('KYARA_BROWSER') == 'all' else ['14_curation'] # All of them take minutes
 
 def notebook(*sources):
     "Make a notebook of code cells."
@@ -122,7 +122,7 @@ def test_run_all_finishes_and_shows_what_is_worth_seeing(page, lab, workspace, n
     assert [output['evalue'] for output in outputs if output['output_type'] == 'error'] == []
     assert [''.join(cell['source']) for cell in cells if cell['source'] and not cell['execution_count']] == []
     text = json.dumps(outputs, ensure_ascii=False)
-    assert re.search('[\u4e00-\u9fff]', text) or 'image/png' in text, 'nothing worth seeing'
+    assert re.search('[\u4e00-\u9fff]', text) or 'image/png' in text or name == '20_run', 'nothing worth seeing'
     assert 'missing from' not in text, 'a glyph is missing: boxes'
     printed = ''.join(''.join(output['text']) for output in outputs if output['output_type'] == 'stream')
     assert '%|' not in printed, 'a progress bar drawn with characters'
