@@ -156,7 +156,7 @@ def safe_dtype(): # torch.bfloat16 or torch.float32
     "Choose bf16 where the device has it; else float32, since Gemma-2 overflows in half precision."
     import torch
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False): return torch.bfloat16
-    if torch.cuda.is_available(): print('This device has no bf16: training in float32, because Gemma-2 overflows in fp16.')
+    if torch.cuda.is_available(): print('This device has no bf16: computing in float32, because Gemma-2 overflows in fp16.')
     return torch.float32
 
 def master_dtype(

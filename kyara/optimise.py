@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ABOVE_ZERO', 'FULL_DISK', 'check_arguments', 'device_arguments', 'measured_arguments', 'check_training',
-           'last_checkpoint', 'newest_checkpoint', 'guard_loss', 'is_full_disk', 'run_trainer', 'training_log',
-           'save_trained', 'merged_model', 'complete_training', 'rows_identity', 'plot_losses', 'launch_job',
-           'train_job', 'check_launch', 'launch_problem']
+           'last_checkpoint', 'newest_checkpoint', 'guard_loss', 'is_full_disk', 'show_steps', 'run_trainer',
+           'training_log', 'save_trained', 'merged_model', 'complete_training', 'rows_identity', 'plot_losses',
+           'launch_job', 'train_job', 'check_launch', 'launch_problem']
 
 # %% ../nbs/15_optimise.ipynb #15000002
 import errno, hashlib, json, math, os, re, shutil, subprocess, sys
@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from .chat import first_line
-from .core import UserError, chinese_pyplot, content_hash, parse_object, write_text
+from .core import UserError, chinese_pyplot, content_hash, parse_object, progress, write_text
 from .model import load_model, model_identity, safe_dtype, save_model
 from .providers import reuse_memory
 
@@ -119,6 +119,22 @@ def is_full_disk(
     return getattr(error, 'errno', None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or bool(FULL_DISK.search(str(error)))
 
 # %% ../nbs/15_optimise.ipynb #15000018
+def show_steps(
+    trainer, # A trainer of TRL
+):
+    "Show how far training is, where somebody is watching."
+    from transformers import TrainerCallback
+    class Steps(TrainerCallback):
+        "Moves a bar."
+        def on_train_begin(self, arguments, state, control, **_):
+            self.bar = progress(total=state.max_steps, label='training', unit='step')
+            self.bar.update(state.global_step)
+        def on_step_end(self, arguments, state, control, **_): self.bar.update()
+        def on_log(self, arguments, state, control, logs=None, **_):
+            if 'loss' in (logs or {}): self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
+        def on_train_end(self, arguments, state, control, **_): self.bar.close()
+    trainer.add_callback(Steps)
+
 def run_trainer(
     trainer, # A trainer of TRL
     out_dir: str | Path, # Of the stage; `checkpoints` and `log.json` live there
@@ -127,6 +143,7 @@ def run_trainer(
     "Train, from the last whole checkpoint if it belongs to the same job."
     from transformers.trainer_callback import PrinterCallback
     trainer.remove_callback(PrinterCallback)
+    if trainer.accelerator.is_main_process: show_steps(trainer)
     reuse_memory()
     checkpoints, owner = Path(out_dir) / 'checkpoints', content_hash(identity)
     if trainer.accelerator.is_main_process: last_checkpoint(checkpoints, owner) # Removes what cannot be used, before others look

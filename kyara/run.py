@@ -6,7 +6,7 @@
 __all__ = ['UNREADABLE', 'EPILOG', 'command_run', 'dry_run', 'command_status', 'command_report', 'command_trace', 'print_json',
            'command_search', 'reading', 'read_text', 'writable', 'command_ask', 'command_cite', 'read_documents_file',
            'command_lint', 'command_score', 'command_completion', 'command_ledger', 'OneLineParser', 'build_parser',
-           'positive', 'amount', 'main']
+           'positive', 'amount', 'main', 'red']
 
 # %% ../nbs/20_run.ipynb #20000002
 import argparse, json, os, re, signal, sys, zlib
@@ -357,5 +357,13 @@ def main(
         return _tell(error, 2)
 
 def _tell(message, code):
-    print('kyara: ' + ' '.join(str(message).split()), file=sys.stderr)
+    print(red('kyara:', sys.stderr), ' '.join(str(message).split()), file=sys.stderr)
     return code
+
+def red(
+    text: str,
+    stream, # Where it is written
+) -> str: # The text as it is, unless a terminal shows it and https://no-color.org is not asked for
+    "Colour a word for a person's eyes."
+    watched = stream.isatty() and not os.environ.get('NO_COLOR') and os.environ.get('TERM') != 'dumb'
+    return f'\033[31m{text}\033[0m' if watched else text
