@@ -151,7 +151,7 @@ def sparse_vectors(
 
 # %% ../nbs/10_collection.ipynb #10000015
 PART = 5_000 # Chunks that go to a process at a time
-SEGMENT = 25_000 # Chunks after which it hands over what it has; more take more memory
+SEGMENT = 15_000 # Chunks after which it hands over what it has; more take more memory
 
 class Indexer:
     "A process that indexes one part after another into a shard of its own."
