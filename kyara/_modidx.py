@@ -1882,7 +1882,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'kyara.terms._find_runs': ('terms.html#_find_runs', 'kyara/terms.py'),
                              'kyara.terms._latin': ('terms.html#_latin', 'kyara/terms.py'),
                              'kyara.terms._pair_marks': ('terms.html#_pair_marks', 'kyara/terms.py'),
-                             'kyara.terms._passages_having': ('terms.html#_passages_having', 'kyara/terms.py'),
                              'kyara.terms._stands_alone': ('terms.html#_stands_alone', 'kyara/terms.py'),
                              'kyara.terms.code_points': ('terms.html#code_points', 'kyara/terms.py'),
                              'kyara.terms.common_terms': ('terms.html#common_terms', 'kyara/terms.py'),

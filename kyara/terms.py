@@ -285,7 +285,7 @@ def look_again(
     terms = len(question.chars) + len(question.pairs) + len(question.words)
     if not passages or not terms: return scores
     hits, lengths, firsts = sentence_hits(question, passages)
-    having = _passages_having(hits, firsts)
+    having = np.maximum.reduceat(hits, firsts).sum(0) # Passages that have each term
     importance = np.log((len(passages) + 1) / (having + 0.5)).astype(np.float32)
     if question.words: importance[-len(question.words):] *= word_weight
     gain = 2 * title_share * (np.einsum('ij,j->i', hits[firsts], importance))
@@ -299,9 +299,3 @@ def look_again(
         worth = np.einsum('ij,j->i', window, importance) * real / (1 - length_penalty + length_penalty * relative)
         gain += np.maximum.reduceat(worth, firsts)
     return (np.asarray(scores) + attention * min(1, usual_terms / terms) * gain).tolist()
-
-def _passages_having(hits, firsts):
-    sentences, terms = np.divmod(hits.ravel().nonzero()[0], hits.shape[1])
-    having = np.zeros((len(firsts), hits.shape[1]), np.float32)
-    having[firsts.searchsorted(sentences, 'right') - 1, terms] = 1
-    return having.sum(0)
