@@ -147,10 +147,12 @@ def test_every_stage_notebook_opens(page, lab, workspace):
     page.wait_for_function("window.jupyterapp?.commands.hasCommand('docmanager:open')")
     complaints = []
     page.on('pageerror', lambda error: complaints.append(str(error)))
+    cancelled = re.compile('Canceled future for [a-z_]+ message before replies were done') # What a kernel that is shut down leaves open
     for name in STAGES:
         shown = page.evaluate(OPEN, f'nbs/{name}.ipynb')
         assert shown == len(read_file(workspace / f'nbs/{name}.ipynb')['cells']), name
-    assert page.locator('.jp-Dialog').all_inner_texts() == [] and complaints == []
+    assert page.locator('.jp-Dialog').all_inner_texts() == []
+    assert [complaint for complaint in complaints if not cancelled.search(complaint)] == []
 
 def test_a_table_wraps_long_chinese(page, lab, workspace):
     "Nothing is cut, nothing sticks out, words stand on the left and numbers on the right."
