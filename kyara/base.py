@@ -27,7 +27,7 @@ from .core import Spool, UserError, batched, chinese_pyplot, content_hash, dialo
 from .core import row_schema, service_settings, write_shard, write_text
 from .contamination import ItemIndex, MeaningIndex, QUESTION_COLUMNS, configured_embedding, drop_contaminated
 from .contamination import item_text, read_items, source_name, unit_vectors, with_results
-from .near import VectorFile, choose_repeats, count_repeats, sign_texts, sign_vectors, similar_pairs, similar_stored
+from .near import PairFile, VectorFile, choose_repeats, count_repeats, sign_texts, sign_vectors, similar_pairs, similar_stored
 from .zh import detect_language, fix_taiwan, fold_script, lint_taiwan, to_traditional
 
 # %% ../nbs/13_base.ipynb #13000005
@@ -315,7 +315,7 @@ LEAST = 0.4 # Similarity of the pairs that are kept for trying other thresholds
 def drop_near(
     rows: Iterable[dict], # Dialogues
     threshold: float = 0.55, # Similarity of duplicates, 0 to 1
-    report: dict | None = None, # Gets `ids` of the rows that were compared, and `pairs` as `similar_pairs` gives them
+    report: dict | None = None, # Gets `ids` of the rows that were compared, and `pairs`
 ) -> Iterator[dict]: # All of them; near duplicates carry `near_duplicate`, the other's id and the similarity
     "Find rows that say almost the same as an earlier one."
     find = functools.partial(similar_pairs, least=min(threshold, LEAST))
@@ -344,7 +344,7 @@ def drop_repeats(
     store: VectorFile | None = None,
 ) -> Iterator[dict]: # All of them; repeats carry `reason`, the other's id and the similarity
     "Read rows twice: once to compare them, once to part them."
-    spool, ids, groups, signed, pairs = Spool(), [], array('Q'), bytearray(), (np.empty(0, int),) * 3
+    spool, ids, groups, signed, pairs = Spool(), [], array('Q'), bytearray(), PairFile()
     for row, found in with_results(sign, rows):
         spool.append(row)
         if found is None: continue
@@ -368,7 +368,7 @@ def drop_semantic(
     rows: Iterable[dict], # Dialogues
     threshold: float = 0.95, # Cosine of duplicates; 0 leaves this pass out
     embedding: str = '', # As `open_embedder` knows it; '' for the one of settings.ini, or hashed pairs of characters
-    report: dict | None = None, # Gets `ids` of the rows that were compared, and `pairs` as `similar_vectors` gives them
+    report: dict | None = None, # Gets `ids` of the rows that were compared, and `pairs`
 ) -> Iterator[dict]: # All of them; those that mean the same carry `semantic_duplicate`, the other's id and the cosine
     "Find rows that mean the same as an earlier one."
     if not threshold: return iter(rows)
@@ -391,10 +391,11 @@ def write_pairs(
     "Keep the pairs that are alike."
     import pyarrow as pa
     import pyarrow.parquet as pq
-    later, earlier, similarity = report.get('pairs', (np.empty(0, int),) * 3)
     ids = pa.array(report.get('ids', []), pa.string())
-    columns = {'later': ids.take(pa.array(later)), 'earlier': ids.take(pa.array(earlier)), 'similarity': pa.array(similarity, pa.float32())}
-    pq.write_table(pa.table(columns), path)
+    schema = pa.schema([('later', pa.string()), ('earlier', pa.string()), ('similarity', pa.float32())])
+    with pq.ParquetWriter(path, schema) as file:
+        for later, earlier, similarity in report.get('pairs', []):
+            file.write_table(pa.table([ids.take(pa.array(later)), ids.take(pa.array(earlier)), pa.array(similarity)], schema))
 
 def borderline_pairs(
     path: str | Path, # As `write_pairs` wrote it
@@ -402,9 +403,14 @@ def borderline_pairs(
     most: int = 10, # Pairs to show
 ) -> list[tuple[float, str, str]]: # Similarity and both ids
     "List the pairs that are nearest to a threshold."
+    import pyarrow as pa
     import pyarrow.parquet as pq
-    table = pq.read_table(path)
-    rows = table.take(np.argsort(np.abs(table['similarity'].to_numpy() - threshold), kind='stable')[:most]).to_pylist()
+    nearest = []
+    for batch in pq.ParquetFile(path).iter_batches():
+        table = pa.Table.from_batches([*nearest, batch])
+        order = np.argsort(np.abs(table['similarity'].to_numpy() - threshold), kind='stable')
+        nearest = table.take(order[:most]).to_batches()
+    rows = [row for batch in nearest for row in batch.to_pylist()]
     return sorted((round(row['similarity'], 2), row['later'], row['earlier']) for row in rows)
 
 def try_thresholds(
@@ -412,12 +418,9 @@ def try_thresholds(
     thresholds: list[float], # Not below the least similarity of the pairs
 ) -> dict[float, int]: # How many duplicates there would be
     "Count duplicates at other thresholds."
-    import pyarrow as pa
     import pyarrow.parquet as pq
-    table = pq.read_table(path)
-    names = pa.chunked_array([*table['later'].chunks, *table['earlier'].chunks], pa.string()).combine_chunks()
-    later, earlier = np.split(names.dictionary_encode().indices.to_numpy(), 2)
-    return count_repeats((later, earlier, table['similarity'].to_numpy()), thresholds)
+    blocks = ([column.to_numpy(zero_copy_only=False) for column in batch.columns] for batch in pq.ParquetFile(path).iter_batches())
+    return count_repeats(blocks, thresholds)
 
 # %% ../nbs/13_base.ipynb #13000046
 def sample_source(

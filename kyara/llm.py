@@ -241,12 +241,20 @@ class Recorder:
         self.prices = f'{settings.price_input:g}/{settings.price_output:g}'
         self._pending, self._durable, self._failures, self._writing = [], [], [], threading.Lock()
         self.taken = self.durable = 0 # Each is counted by one thread only
-        self.room = max(settings.concurrency, 64) # Replies that are worth a write
+        self.ahead = 0 if ledger.strict else settings.concurrency # Replies that may wait for the disk beside the calls
+        self.enough = max(1, self.ahead // 2) # Replies that are worth a write
+        self.bell, self._waiting = None, deque() # Rung when there are enough; who waits, and for how many to be durable
 
     @property
     def unwritten(self) -> int:
         "Count the replies that are not durable yet."
         return self.taken - self.durable
+
+    async def room(self):
+        "Wait until what was taken so far is durable, but for those that may wait."
+        if (count := self.taken - self.ahead) <= self.durable: return
+        self._waiting.append((count, asyncio.get_running_loop().create_future()))
+        await self._waiting[-1][1]
 
     def add(self, call_id: str, completion: Completion):
         "Take a reply."
@@ -259,6 +267,7 @@ class Recorder:
             outcome(completion, asked), completion.model_version, inwards, outwards,
             round(completion.latency, 4), self.prices, cost, time.time(), self.stage, self.run))
         self.taken += 1
+        if self.bell and len(self._pending) >= self.enough and not self.bell.done(): self.bell.set_result(None)
         self.budget.pay(cost, inwards + outwards)
         self.answered += 1
 
@@ -320,6 +329,9 @@ class Recorder:
         for reply in failures: self.outbox.settle(reply)
         self.ledger.release([reply.call_id for reply in failures])
         self.outbox.release()
+        while self._waiting and self._waiting[0][0] <= self.durable:
+            place = self._waiting.popleft()[1]
+            if not place.done(): place.set_result(None)
         self.show()
 
     def flush(self):
@@ -669,19 +681,19 @@ async def send_all(
 
 async def _write_along(recorder):
     while True:
-        for _ in range(5):
-            await asyncio.sleep(0.02) # `wait_for` may swallow a cancellation, and then nothing would end
-            if len(recorder._pending) >= recorder.room: break
+        recorder.bell = asyncio.get_running_loop().create_future()
+        if len(recorder._pending) < recorder.enough: # `wait_for` may swallow a cancellation, and then nothing would end
+            await asyncio.wait([recorder.bell], timeout=0.1)
         if recorder._pending: await asyncio.to_thread(recorder.write)
         recorder.hand_on()
 
 async def _work(queue, throttle, recorder, send):
     while call := await queue.take():
         if may_send(call, queue, recorder) and await afford(call, recorder):
-            while recorder.unwritten >= 2 * recorder.room: await asyncio.sleep(0.01) # The disk is slower than the model
             recorder.under_way += 1
             await try_once(call, queue, throttle, recorder, send)
             recorder.under_way -= 1
+            await recorder.room()
 
 # %% ../nbs/02_llm.ipynb #02000043
 def may_send(call: Call, queue: Queue, recorder: Recorder) -> bool:

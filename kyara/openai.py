@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'BROKEN_OFF', 'FILTERED', 'CANNOT', 'openai_body', 'strict_schema', 'read_openai', 'openai_failure',
-           'OpenAIServer', 'open_server', 'openai_address', 'Place', 'Balanced', 'open_openai']
+           'OpenAIServer', 'open_server', 'openai_address', 'is_address', 'Place', 'Balanced', 'open_openai']
 
 # %% ../nbs/09_openai.ipynb #09000002
 import asyncio, functools, json, re, time
@@ -167,11 +167,19 @@ async def open_server(
 def openai_address(settings: ModelSettings) -> str:
     "Give the address to post to."
     url = (settings.base_url or 'https://api.openai.com/v1').rstrip('/')
-    parts = urlsplit(url)
-    if parts.username is not None:
-        raise UserError(f'model {settings.name}: base_url holds a name or password; put the key into the environment')
-    if parts.scheme in ('http', 'https') and parts.hostname and url.isascii(): return url + '/chat/completions'
-    raise UserError(f'model {settings.name}: base_url {url!r} is no address; it looks like http://host:port/v1')
+    if {'@', '?', '#'} & set(url):
+        raise UserError(f'model {settings.name}: base_url holds a password or more than an address; put keys into the environment')
+    if not is_address(url):
+        raise UserError(f'model {settings.name}: base_url {url!r} is no address; it looks like http://host:port/v1')
+    return url + '/chat/completions'
+
+def is_address(url: str) -> bool:
+    "Tell whether somebody can be there."
+    try:
+        parts = urlsplit(url)
+        host, port = (parts.hostname or '').encode('idna'), parts.port
+    except ValueError: return False # An open bracket, two dots in a row, a port that is none
+    return bool(parts.scheme in ('http', 'https') and host and port != 0 and url.isascii() and url.isprintable())
 
 # %% ../nbs/09_openai.ipynb #09000023
 @dataclass(slots=True)

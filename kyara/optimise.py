@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['ABOVE_ZERO', 'FULL_DISK', 'check_arguments', 'device_arguments', 'measured_arguments', 'check_training',
-           'last_checkpoint', 'newest_checkpoint', 'guard_loss', 'is_full_disk', 'show_steps', 'run_trainer',
-           'training_log', 'save_trained', 'merged_model', 'complete_training', 'rows_identity', 'plot_losses',
-           'launch_job', 'train_job', 'check_launch', 'launch_problem']
+           'last_checkpoint', 'newest_checkpoint', 'is_over', 'guard_loss', 'is_full_disk', 'full_disk_told',
+           'show_steps', 'run_trainer', 'training_log', 'save_trained', 'merged_model', 'complete_training',
+           'rows_identity', 'plot_losses', 'launch_job', 'train_job', 'check_launch', 'meeting_environment',
+           'launch_problem']
 
 # %% ../nbs/15_optimise.ipynb #15000002
 import errno, hashlib, json, math, os, re, shutil, subprocess, sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -52,7 +54,7 @@ def measured_arguments(
     strategy = arguments.get('eval_strategy', 'epoch') if measured else 'no'
     if not best: return {**arguments, 'eval_strategy': strategy}
     together = {'eval_strategy': strategy, 'save_strategy': strategy, 'load_best_model_at_end': True,
-                'metric_for_best_model': 'eval_loss', 'greater_is_better': False}
+                'metric_for_best_model': 'eval_loss', 'greater_is_better': False, 'restore_callback_states_from_checkpoint': True}
     if strategy == 'steps': together['save_steps'] = arguments.get('eval_steps', arguments.get('save_steps', 500))
     return {**arguments, **together}
 
@@ -85,9 +87,19 @@ def newest_checkpoint(
     "Find the newest whole checkpoint."
     return max(filter(_whole, folder.glob('checkpoint-*')), key=lambda path: int(path.name.split('-')[1]), default=None)
 
+def is_over(
+    checkpoint: Path, # A whole one
+) -> bool: # Whether training ended there, and only the model was not saved yet
+    "Tell the last checkpoint of a training from those on the way; going on from it would take one step more."
+    control = _state(checkpoint).get('stateful_callbacks', {}).get('TrainerControl', {})
+    return bool(control.get('args', {}).get('should_training_stop'))
+
 def _whole(checkpoint):
-    state = checkpoint / 'trainer_state.json'
-    return state.is_file() and bool(parse_object(state.read_text(encoding='utf-8', errors='replace')))
+    return bool(_state(checkpoint))
+
+def _state(checkpoint):
+    path = checkpoint / 'trainer_state.json'
+    return parse_object(path.read_text(encoding='utf-8', errors='replace')) or {} if path.is_file() else {}
 
 # %% ../nbs/15_optimise.ipynb #15000013
 def guard_loss(
@@ -117,6 +129,19 @@ def is_full_disk(
 ) -> bool: # Whether there was no room for it
     "Tell a full disk from other trouble."
     return getattr(error, 'errno', None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or bool(FULL_DISK.search(str(error)))
+
+@contextmanager
+def full_disk_told(
+    checkpoints: Path, # Folder of the trainer
+) -> Iterator[None]:
+    "Say what a full disk means, and what is left."
+    from safetensors import SafetensorError
+    try: yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not is_full_disk(error): raise
+        good = newest_checkpoint(checkpoints)
+        raise UserError(f'no room to save in {checkpoints.parent}; free some and run again: '
+                        f'it goes on from {good.name if good else "the start"}') from None
 
 # %% ../nbs/15_optimise.ipynb #15000018
 def show_steps(
@@ -150,22 +175,17 @@ def run_trainer(
     trainer.accelerator.wait_for_everyone()
     last = newest_checkpoint(checkpoints)
     guard_loss(trainer, out_dir)
-    _train(trainer, last, checkpoints)
+    _train(trainer, last)
     log = training_log(trainer.state.log_history)
     if trainer.accelerator.is_main_process: write_text(Path(out_dir) / 'log.json', json.dumps(log, indent=1, sort_keys=True) + '\n')
     return log
 
-def _train(trainer, last, checkpoints):
-    from safetensors import SafetensorError
+def _train(trainer, last):
+    if last and is_over(last): trainer.args.num_train_epochs, trainer.args.max_steps = 0, -1 # Its weights are loaded, and that is all
     try: trainer.train(resume_from_checkpoint=str(last) if last else None)
     except ValueError as error:
         if 'loss type' not in str(error): raise
         raise UserError(first_line(error)) from None
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if not is_full_disk(error): raise
-        good = newest_checkpoint(checkpoints)
-        raise UserError(f'no room for a checkpoint in {checkpoints}; free some and run again: '
-                        f'it goes on from {good.name if good else "the start"}') from None
 
 def training_log(
     history: list[dict], # `trainer.state.log_history`
@@ -215,9 +235,10 @@ def complete_training(
     "Train, save the model, and clear away what is needed no more."
     from transformers import EarlyStoppingCallback
     if early_stopping_patience: trainer.add_callback(EarlyStoppingCallback(early_stopping_patience))
-    log = run_trainer(trainer, out_dir, {'rows': rows_identity(rows), 'model': model_identity(model), 'peft': peft,
-                                         'patience': early_stopping_patience, **decisive})
-    save_trained(trainer, trainer.processing_class, out_dir, model, peft)
+    identity = {'rows': rows_identity(rows), 'model': model_identity(model), 'peft': peft, 'patience': early_stopping_patience, **decisive}
+    with full_disk_told(Path(out_dir) / 'checkpoints'):
+        log = run_trainer(trainer, out_dir, identity)
+        save_trained(trainer, trainer.processing_class, out_dir, model, peft)
     shutil.rmtree(Path(out_dir) / 'rows', ignore_errors=True)
     return log
 
@@ -254,8 +275,7 @@ def launch_job(
     **job, # Further arguments of `train`, as JSON can hold them
 ) -> dict: # The log of the training
     "Run a training under `accelerate launch`."
-    check_launch(config)
-    folder, folders = Path(out_dir), {}
+    environment, folder, folders = check_launch(config), Path(out_dir), {}
     for name, part in (('rows', rows), ('eval_rows', eval_rows)):
         folders[name] = str(folder / 'rows' / f'{name}_saved') if part is not None and len(part) else ''
         if folders[name]: part.save_to_disk(folders[name])
@@ -265,7 +285,8 @@ def launch_job(
     code = f'import sys; from kyara.optimise import train_job; from {module} import {function}; train_job({function}, sys.argv[1])'
     launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(config), '--no_python']
     with output.open('w', encoding='utf-8') as lines:
-        ended = subprocess.run([*launcher, sys.executable, '-c', code, str(path)], stdout=lines, stderr=subprocess.STDOUT).returncode
+        ended = subprocess.run([*launcher, sys.executable, '-c', code, str(path)], stdout=lines, stderr=subprocess.STDOUT,
+                               env=environment).returncode
     if ended: raise UserError(launch_problem(output, ended))
     for file in (path, output): file.unlink()
     return json.loads((folder / 'log.json').read_text(encoding='utf-8'))
@@ -282,17 +303,25 @@ def train_job(
 
 def check_launch(
     config: str | Path, # A configuration file of accelerate
-):
+) -> dict[str, str]: # Environment of the launcher
     "Refuse what accelerate would not do as told: without devices it forgets FSDP and puts the whole model into every process."
     import torch
     from accelerate.commands.config.config_args import load_config_from_file
     if not Path(config).is_file():
         raise UserError(f'accelerate_config {config} does not exist; runs/accelerate has two, or write one with accelerate config')
-    try: kind = load_config_from_file(str(config)).distributed_type
+    try: found = load_config_from_file(str(config))
     except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f'accelerate_config {config} cannot be read: {first_line(error)}; write one with accelerate config') from None
-    if kind == 'FSDP' and not torch.accelerator.is_available():
+    if found.distributed_type == 'FSDP' and not torch.accelerator.is_available():
         raise UserError(f'accelerate_config {config} shards over devices, and this machine has none; take runs/accelerate/processes.yaml')
+    return meeting_environment(found)
+
+def meeting_environment(
+    config, # A configuration as accelerate reads it
+) -> dict[str, str]: # Environment of the launcher
+    "Let processes of one machine meet on a free port; accelerate's own is always the same, and two trainings would meet there."
+    alone = config.num_machines == 1 and config.main_process_port is None
+    return {**os.environ, **({'PET_STANDALONE': '1'} if alone else {})} # torchrun reads its options from PET_ variables too
 
 def launch_problem(
     output: Path, # What the processes wrote

@@ -76,7 +76,8 @@ class Table:
     def __repr__(self): return text_table(self.rows, 60) or 'Nothing.'
 
 TABLE_STYLE = (
-    '.kyara td, .kyara th { text-align: left !important; vertical-align: top; max-width: 36em; overflow-wrap: anywhere } '
+    '.kyara { overflow-x: auto } '
+    '.kyara td, .kyara th { text-align: left !important; vertical-align: top; max-width: 36em; overflow-wrap: break-word } '
     '.kyara .number { text-align: right !important; white-space: nowrap }') # JupyterLab puts all text on the right
 
 # %% ../nbs/08_page.ipynb #08000013

@@ -63,6 +63,7 @@ def read_recipe(
     recipe = {'name': path.stem, 'description': '', **read_yaml(path)}
     for key in recipe.keys() - set(RECIPE_KEYS):
         raise UserError(f'recipe {path} has the unknown key {key}{suggest(str(key), RECIPE_KEYS)}')
+    if not isinstance(recipe['description'], str): raise UserError(f'recipe {path}: description must be a text')
     stages = recipe.get('stages')
     if not isinstance(stages, dict) or not stages: raise UserError(f'recipe {path} lists no stages')
     for name, stage in stages.items():

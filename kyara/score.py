@@ -31,15 +31,11 @@ from .metrics import (
 # %% ../nbs/07_score.ipynb #07000004
 def read_outputs(
     path: str | Path, # JSON, JSONL, CSV or TSV, plain or .gz
-) -> list[dict]: # Its rows; a JSON file that is one object is one row
+) -> list[dict]: # Its rows; an object that is the whole file is one row
     "Read stored outputs."
     text, name = _read_text(path), str(path).removesuffix('.gz')
-    if name.endswith(('.csv', '.tsv')):
-        return list(csv.DictReader(io.StringIO(text), delimiter='\t' if name.endswith('.tsv') else ','))
-    if name.endswith('.jsonl'): rows = [_parse_line(line, number, path) for number, line in _lines(text)]
-    else:
-        value = _parse_line(text, 1, path)
-        rows = value if isinstance(value, list) else [value]
+    if name.endswith(('.csv', '.tsv')): rows = _table_rows(text, path, '\t' if name.endswith('.tsv') else ',')
+    else: rows = _json_rows(text, path)
     wrong = next((number for number, row in enumerate(rows, 1) if not isinstance(row, dict)), None)
     if wrong: raise UserError(f'{path}: row {wrong} is not an object')
     if not rows: raise UserError(f'{path} holds no rows')
@@ -53,11 +49,24 @@ def _read_text(path):
         raise UserError(f'{path} is truncated or not gzip; fetch it again') from None
     except UnicodeDecodeError: raise UserError(f'{path} is not UTF-8 text') from None
 
-def _lines(text):
-    return [(number, line) for number, line in enumerate(text.split('\n'), 1) if line.strip()]
+def _table_rows(text, path, delimiter):
+    csv.field_size_limit(2**31 - 1) # A reply may be longer than the 131,072 characters that csv allows
+    try: rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True))
+    except csv.Error as error: raise UserError(f'{path} is no table: {error}; is the file whole?') from None
+    ragged = next((number for number, row in enumerate(rows, 1) if None in row or None in row.values()), None)
+    if ragged: raise UserError(f'{path}: row {ragged} has other columns than the first line; is the file whole?')
+    return rows
 
-def _parse_line(text, number, path):
-    try: return json.loads(text)
+def _json_rows(text, path):
+    # One value, or one a line, whatever the name says.
+    try: value = json.loads(text)
+    except (ValueError, RecursionError):
+        lines = enumerate(text.split('\n'), 1)
+        return [_parse_line(line, number, path) for number, line in lines if line.strip()]
+    return value if isinstance(value, list) else [value]
+
+def _parse_line(line, number, path):
+    try: return json.loads(line)
     except (ValueError, RecursionError):
         raise UserError(f'{path} line {number} is not JSON; is the file whole?') from None
 
@@ -251,10 +260,14 @@ def score_flags(
     for model in models:
         flags = {'score': [], **{part: [] for row in rows for part in parts(row['id'])}}
         for row in rows:
-            for part in ('score', *parts(row['id'])): flags[part].append(row[model] == '1')
+            for part in ('score', *parts(row['id'])): flags[part].append(_flag(row, model))
         details[model] = {part: percent(sum(values), len(values)) for part, values in flags.items()}
     only = details[models[0]]['score'] if len(models) == 1 else None
     return Scored(only, 0.0, details)
+
+def _flag(row, model):
+    if str(row[model]) in ('0', '1'): return str(row[model]) == '1'
+    raise UserError(f"{model} has {row[model]!r} for item {row['id']}; a table of flags holds 0 and 1")
 
 # %% ../nbs/07_score.ipynb #07000020
 def score_zebra(
@@ -374,7 +387,9 @@ def score_alpaca_eval(
 
 def _preference(row):
     value = row.get('preference')
-    return math.nan if value in (None, '') else float(value)
+    value = math.nan if value in (None, '') else float(value)
+    if math.isnan(value) or value == 0 or 1 <= value <= 2: return value
+    raise UserError(f'item {item_id(row, 0)} has the preference {value:g}; it lies between 1 and 2, or is 0 for a draw')
 
 def _length_controlled(rows, preferences, folder):
     length = lambda row, side: float(row.get(f'len_output_{side}') or len(row.get(f'output_{side}') or ''))
@@ -530,6 +545,7 @@ def score_chinese_reason(
     "Score Chinese-Reason-Bench."
     check_ids(rows)
     scores = [_judged({'score': row.get('judge_score'), **row}, reason_score) for row in rows]
+    scores = [None if score is None or not 0 <= score <= 10 else score for score in scores]
     errors = scores.count(None)
     if errors == len(rows): raise UserError('chinese-reason-bench: no judgement could be read')
     return Scored(mean_known(scores), percent(errors, len(rows)), {'errors': errors}, graded_items(rows, scores))
@@ -586,6 +602,8 @@ def score_rows(
     name = scored.details.pop('rule', rule or known.rules[0])
     result = {'benchmark': benchmark, 'rule': name, 'total': total, 'score': scored.score,
               'no_answer': scored.no_answer, 'details': {**scored.details, **part}}
+    try: json.dumps(result, allow_nan=False)
+    except ValueError: raise UserError(f'{benchmark}: a row has NaN or Infinity where a number is read') from None
     return result, scored.items
 
 def _apply(benchmark, rows, rule, model, data):

@@ -7,7 +7,7 @@ __all__ = ['to_json', 'HEAD', 'MOST', 'IDLE', 'environment_proxy', 'is_loopback'
            'read_json', 'Unreachable', 'Broken', 'Answer', 'unpacked', 'Connection', 'Line', 'ProxiedLine', 'open_line']
 
 # %% ../nbs/08_wire.ipynb #08000002
-import asyncio, itertools, json, socket, time, zlib
+import asyncio, itertools, json, socket, time, weakref, zlib
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from urllib.parse import quote, urlsplit
@@ -88,7 +88,7 @@ def read_json(text: str):
     except ValueError: return json.loads(text)
 
 # %% ../nbs/08_wire.ipynb #08000014
-HEAD, MOST = 2 ** 16, 2 ** 26 # Bytes that the head of a reply, and a whole one, may have
+HEAD, MOST = 2 ** 16, 2 ** 24 # Bytes that the head of a reply, and a whole one, may have
 
 class Unreachable(ConnectionError):
     "Nobody is there: nothing was sent."
@@ -108,7 +108,7 @@ def unpacked(
 ) -> bytes: # Its body
     "Undo a compression that nobody asked for."
     how = answer.headers.get('content-encoding', 'identity').lower()
-    if how == 'identity': return answer.body
+    if how == 'identity' or not answer.body: return answer.body
     if how not in ('gzip', 'x-gzip', 'deflate'): raise Broken(f'the reply is packed as {how[:20]}')
     unpacker = zlib.decompressobj(47) # Either of the two forms
     try: body = unpacker.decompress(answer.body, MOST)
@@ -123,13 +123,13 @@ class Connection(asyncio.Protocol):
     def __init__(self):
         self.parser, self.open, self.since = HttpResponseParser(self), True, 0.0 # Since when nobody uses it
         self.waiting = self.answer = None # Who waits for which reply
-        self.parts, self.seen, self.begun, self.whole, self.lasting = [], 0, False, False, True # What has come of it
+        self.body, self.seen, self.begun, self.whole, self.lasting = bytearray(), 0, False, False, True # What has come of it
 
     def connection_made(self, transport): self.transport = transport
 
     async def ask(self, request: bytes) -> Answer:
         "Send a request and wait for its reply; whoever does not wait to the end leaves a closed connection."
-        self.answer, self.parts, self.seen, self.begun, self.whole = Answer(), [], 0, False, False
+        self.answer, self.body, self.seen, self.begun, self.whole = Answer(), bytearray(), 0, False, False
         self.waiting = asyncio.get_running_loop().create_future()
         self.transport.write(request)
         try: return await self.waiting
@@ -156,7 +156,7 @@ class Connection(asyncio.Protocol):
         if not self.begun: self.begun, self.answer.status = True, self.parser.get_status_code()
 
     def on_body(self, data):
-        if not self.whole: self.parts.append(data)
+        if not self.whole: self.body += data
 
     def on_message_complete(self):
         if self.answer.status < 200: self.begun, self.answer = False, Answer() # "Continue" comes before the reply
@@ -166,7 +166,7 @@ class Connection(asyncio.Protocol):
         "Hand on a whole reply; use the connection again only if nothing is left on it in either direction."
         waiting, self.waiting, answer = self.waiting, None, self.answer
         if not keep or self.transport.get_write_buffer_size(): self.end()
-        answer.body = b''.join(self.parts)
+        answer.body = bytes(self.body)
         if not waiting.done(): waiting.set_result(answer)
 
     def connection_lost(self, error):
@@ -193,6 +193,7 @@ class Line:
     ):
         self.place, self.idle, self.lookup, self.stale = urlsplit(url), [], None, 0.0
         self.deadlines, self.reaching = Deadlines(seconds), Deadlines(30.0)
+        self.made = weakref.WeakSet() # Every connection that may be open
         self.secure = _verifying() if self.place.scheme == 'https' else None
         path = quote(self.place.path or '/', safe="/%:@!$&'()*+,;=~")
         fields = {'Host': self.place.netloc, 'User-Agent': f'kyara/{__version__}', 'Accept': '*/*',
@@ -211,8 +212,8 @@ class Line:
         return answer
 
     def close(self):
-        "Close every connection that nobody uses."
-        for connection in self.idle: connection.end()
+        "Close every connection; calls under way are told."
+        for connection in list(self.made): connection.end('the line was closed')
 
     def _ready(self):
         "Give the connection that was used last, if it is fresh enough."
@@ -229,12 +230,13 @@ class Line:
         try:
             with self.reaching:
                 sock = await start_connection(await self._addresses(), happy_eyeballs_delay=0.25, interleave=1)
-                return (await loop.create_connection(Connection, sock=sock, **secure))[1]
+                connection = (await loop.create_connection(Connection, sock=sock, **secure))[1]
         except BaseException as error:
             if sock: sock.close()
             if not isinstance(error, (OSError, asyncio.TimeoutError)): raise
-            said = getattr(error, 'strerror', '') or str(error) or 'no connection in 30 seconds'
-            raise Unreachable(f'{self.place.netloc}: {said}') from None
+            raise Unreachable(f'{self.place.netloc}: {_said(error)}') from None
+        self.made.add(connection)
+        return connection
 
     async def _addresses(self):
         "Look the host up; many who ask at once wait for one answer."
@@ -251,6 +253,11 @@ def _verifying():
     import ssl
     return ssl.create_default_context()
 
+def _said(error):
+    if certificate := getattr(error, 'verify_message', ''):
+        return f'its certificate is not trusted: {certificate} (check base_url; SSL_CERT_FILE may name a file of more to trust)'
+    return getattr(error, 'strerror', '') or str(error) or 'no connection in 30 seconds'
+
 # %% ../nbs/08_wire.ipynb #08000018
 class ProxiedLine:
     "Posts to one address through a proxy, which aiohttp knows how to speak to."
@@ -263,11 +270,13 @@ class ProxiedLine:
         try:
             with self.deadlines:
                 async with self.session.post(self.url, data=body, proxy=self.proxy, allow_redirects=False) as reply:
-                    answer = Answer(reply.status, {name.lower(): value for name, value in reply.headers.items()})
+                    body = bytearray()
                     async for part in reply.content.iter_any():
-                        answer.body += part
-                        if len(answer.body) > MOST: raise Broken('the reply is too long')
-                    return answer
+                        body += part
+                        if len(body) > MOST: raise Broken('the reply is too long')
+                    return Answer(reply.status, {name.lower(): value for name, value in reply.headers.items()}, bytes(body))
+        except aiohttp.ClientHttpProxyError as error: # Its text has the proxy's password
+            raise Unreachable(f'the proxy refuses: {error.status} {error.message}') from None
         except aiohttp.ClientConnectorError as error: raise Unreachable(str(error)) from None
         except aiohttp.ClientError as error: raise Broken(str(error) or type(error).__name__) from None
 

@@ -3,7 +3,7 @@
 The reply to a prompt is ECHO and the last user's text. Marks in the prompt make other replies: `[[length]]`,
 `[[safety]]`, `[[blocked]]` (the prompt itself is refused), `[[empty]]`, `[[rerouted]]`, `[[thought]]`, `[[odd]]` (an
 ending nobody knows), `[[bad]]` 400, `[[busy]]` 429 with RetryInfo at the first call, `[[broken]]` 500, `[[slow]]` nothing
-for a while, `[[garbage]]` no JSON.
+until the server ends, `[[garbage]]` no JSON.
 """
 import json
 import re
@@ -43,6 +43,7 @@ class Fake:
         self.calls, self.keys, self.jobs, self.polls = [], [], [], 0
         self.work, self.ending, self.faults = 2, 'BATCH_STATE_SUCCEEDED', [] # Looks until a job ends, and how; next job posts
         self.lag = 0.0 # Seconds until a new job is listed
+        self.over = threading.Event() # Nobody waits for anything any more
 
     def generate(self, model, request):
         "Answer a single call."
@@ -54,7 +55,7 @@ class Fake:
         if mark == 'busy' and asked == 1: return error(429, 'RESOURCE_EXHAUSTED', 'quota', RETRY)
         if mark == 'broken': return error(500, 'INTERNAL', 'oops')
         if mark == 'garbage': return 200, '<html>hello</html>'
-        if mark == 'slow': time.sleep(3)
+        if mark == 'slow': self.over.wait(600)
         return 200, reply(request, model)
 
     def submit(self, model, batch):
@@ -119,12 +120,14 @@ def serve_rest(fake):
             self.wfile.write(raw)
 
     class Server(ThreadingHTTPServer):
+        request_queue_size = 128
         def handle_error(self, *_): pass # callers that hang up are what is tested
 
     server = Server(('127.0.0.1', 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try: yield f'http://127.0.0.1:{server.server_port}'
     finally:
+        fake.over.set()
         server.shutdown()
         server.server_close()
 
@@ -167,4 +170,6 @@ def serve_grpc(fake):
     port = server.add_insecure_port('127.0.0.1:0')
     server.start()
     try: yield f'grpc://127.0.0.1:{port}'
-    finally: server.stop(None)
+    finally:
+        fake.over.set()
+        server.stop(None)

@@ -9,6 +9,7 @@ import yaml
 from kyara.run import main
 
 ROOT = Path(__file__).parent.parent
+PATIENCE = 600 # Seconds: only what hangs takes as long
 COMMAND = [sys.executable, '-c', 'import sys; from kyara.run import main; sys.exit(main())']
 YUSHAN = '玉山主峰海拔3,952公尺，是臺灣最高的山。'
 TURNS = [{'role': 'user', 'content': '小美有3顆芭樂，又買了2顆，現在共有幾顆？'}]
@@ -29,7 +30,7 @@ concurrency = 0
 def kyara(*words, folder, text='', **environment):
     "Run the command in a process of its own."
     return subprocess.run([*COMMAND, *map(str, words)], cwd=folder, input=text, capture_output=True, text=True,
-                          env={**os.environ, **environment}, timeout=60)
+                          env={**os.environ, **environment}, timeout=PATIENCE)
 
 def write(folder, name, content):
     "Write a file of the workspace: text, bytes, or what JSON can hold."
@@ -170,7 +171,7 @@ def test_help_waits_for_no_heavy_library(place):
     "Half a second is what an interpreter and argparse take; anything heavy would show among the modules."
     code = "import sys; from kyara.run import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\nprint(*sys.modules)"
     for words in (['--help'], ['score', '--help']):
-        told = subprocess.run([sys.executable, '-c', code, *words], cwd=place, capture_output=True, text=True, timeout=60)
+        told = subprocess.run([sys.executable, '-c', code, *words], cwd=place, capture_output=True, text=True, timeout=PATIENCE)
         loaded = set(told.stdout.splitlines()[-1].split())
         assert told.stdout.startswith('usage: kyara') and 'argparse' in loaded, told.stderr
         assert not loaded & HEAVY and len(loaded) < 300, (loaded & HEAVY, len(loaded))
@@ -183,16 +184,16 @@ def test_bash_completes_commands_and_options(place):
     words = 'COMP_WORDS=({}); COMP_CWORD={}; COMPREPLY=(); {} kyara; echo "${{COMPREPLY[@]}}"'
     function = script.split(' -F ')[-1].split()[0]
     told = [subprocess.run(['bash', '-c', script + '\n' + words.format(line, len(line.split()) - 1, function)], capture_output=True,
-                           text=True, timeout=60).stdout.split() for line in ('kyara re', 'kyara run --dr')]
+                           text=True, timeout=PATIENCE).stdout.split() for line in ('kyara re', 'kyara run --dr')]
     assert told == [['report'], ['--dry-run']], told
 
 def test_a_pipe_that_closes_early_is_no_error(place):
     write(place, 'long.txt', '這個軟件很好用。\n' * 5000)
     reader = subprocess.Popen(['head', '-n', '1'], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     writer = subprocess.run([*COMMAND, 'lint', 'long.txt'], cwd=place, stdout=reader.stdin, stderr=subprocess.PIPE,
-                            text=True, timeout=60)
+                            text=True, timeout=PATIENCE)
     reader.stdin.close()
-    assert reader.wait(10) == 0 and (writer.returncode, writer.stderr) == (0, '')
+    assert reader.wait(PATIENCE) == 0 and (writer.returncode, writer.stderr) == (0, '')
 
 # What programs read
 
@@ -266,13 +267,14 @@ def test_interrupted_while_a_server_thinks(place):
     with socket.create_server(('127.0.0.1', 0)) as server: # takes calls, and never answers
         address = f'http://127.0.0.1:{server.getsockname()[1]}/v1'
         write(place, 'slow.ini', f'[model.slow]\nprovider = openai\nmodel = m\nbase_url = {address}\n')
-        words = [*COMMAND, *OFFLINE, '--model', 'slow', '--out', 'never.jsonl']
+        heard = 'import signal; signal.signal(signal.SIGINT, signal.default_int_handler); ' # jobs in the background ignore it
+        words = [sys.executable, '-c', heard + COMMAND[-1], *OFFLINE, '--model', 'slow', '--out', 'never.jsonl']
         process = subprocess.Popen(words, cwd=place, env={**os.environ, 'KYARA_SETTINGS': 'slow.ini'}, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        server.settimeout(30)
+        server.settimeout(PATIENCE)
         with server.accept()[0]:
             process.send_signal(signal.SIGINT)
-            _, error = process.communicate(timeout=20)
+            _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and error.splitlines()[-1].startswith('kyara: interrupted'), error
     assert not (place / 'never.jsonl').exists()
 

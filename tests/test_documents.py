@@ -10,6 +10,7 @@ from kyara.run import build_parser
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(ROOT.glob('docs/*.md'))
 READMES = [path for path in (ROOT / 'README.md', ROOT / 'README.zh-TW.md') if path.is_file()]
+PATIENCE = 3600 # Seconds: only what hangs takes as long
 BLOCK = re.compile(r'(<!-- needs a key -->\n)?```(\w*)\n(.*?)```', re.S)
 stem = lambda path: path.name
 
@@ -37,7 +38,7 @@ def run_page(workspace, path):
     environment = {**os.environ, 'PATH': os.pathsep.join(places), 'PYTHONPATH': str(ROOT), 'KYARA_PROGRESS': '0',
                    'PIP_NO_BUILD_ISOLATION': '0'} # Means that there is none: nothing is fetched
     environment.pop('KYARA_SETTINGS', None)
-    return subprocess.run(['bash', '-c', script], cwd=workspace, env=environment, capture_output=True, text=True, timeout=900)
+    return subprocess.run(['bash', '-c', script], cwd=workspace, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 @pytest.mark.parametrize('path', PAGES, ids=stem)
 def test_commands_run_as_written(workspace, path):
@@ -55,7 +56,7 @@ def check_corpus(workspace, said):
     label = ("desk = review('../runs/mine', 'synthesis', reviewer='mei').desk\n"
              "from kyara.review import act\nact(desk, {'do': 'label', 'row': desk.row()['id'], 'verdict': 'reject'})\n")
     code = review + label + labels + "assert rows[0]['drop_reason'] == 'reviewer_reject'"
-    subprocess.run([sys.executable, '-c', code], cwd=workspace / 'nbs', env={**os.environ, 'PYTHONPATH': str(ROOT)}, check=True, timeout=300)
+    subprocess.run([sys.executable, '-c', code], cwd=workspace / 'nbs', env={**os.environ, 'PYTHONPATH': str(ROOT)}, check=True, timeout=PATIENCE)
 
 def check_language(workspace, said):
     assert '"suggestion": "軟體"' in said and 'supported' in said

@@ -106,6 +106,7 @@ CITATIONS = { # Habit of citing to what it makes of an answer, and '' or the rig
 
 class Teacher(BaseHTTPRequestHandler):
     "Answers by rule, then gives the reply the habit that the model's name asks for."
+    protocol_version = 'HTTP/1.1'
     def log_message(self, *_): pass
     def do_POST(self):
         data = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
@@ -117,6 +118,8 @@ class Teacher(BaseHTTPRequestHandler):
         self.send_header('Content-Length', str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+class Busy(ThreadingHTTPServer): request_queue_size = 128 # Calls that knock at once
 
 def first_user(messages): return next(turn['content'] for turn in messages if turn['role'] == 'user')
 def task_of(messages): return next((name for turn in reversed(messages) if turn['role'] == 'user' and (name := read_prompt(turn['content'])[0])), '')
@@ -137,7 +140,7 @@ def with_habit(habit, messages):
 @contextmanager
 def serve(habit):
     "Run a server in a thread; `habit` takes the model's name and the messages."
-    server = ThreadingHTTPServer(('127.0.0.1', 0), Teacher)
+    server = Busy(('127.0.0.1', 0), Teacher)
     server.habit = habit
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

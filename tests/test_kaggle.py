@@ -50,7 +50,8 @@ def test_demo_takes_the_attached_model_and_the_key_among_the_secrets(kaggle, mon
     monkeypatch.delenv('GEMINI_API_KEY', raising=False)
     gemini = Teacher()
     with serve_rest(gemini) as url:
-        done = papermill.execute_notebook(NOTEBOOK, kaggle / 'working/done.ipynb', cwd=kaggle / 'working', progress_bar=False, parameters={
+        done = papermill.execute_notebook(NOTEBOOK, kaggle / 'working/done.ipynb', cwd=kaggle / 'working', progress_bar=False,
+            start_timeout=600, iopub_timeout=600, parameters={
             'kaggle': str(kaggle), 'gemini_url': url, 'gemini_requests': 0, 'max_chunks': 2, 'max_new_tokens': 8})
     text = said(done)
     assert '百萬參數' in text and '極小的學生模型' not in text, 'the attached model was not taken'

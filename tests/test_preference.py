@@ -1,5 +1,5 @@
 "Judges that cannot be trusted, draws that must be fair, pairs that must not leak, and the layouts of public sets."
-import itertools, json, math, random, socket, subprocess, sys, time
+import itertools, json, math, random, subprocess, sys
 from collections import Counter
 from pathlib import Path
 
@@ -24,7 +24,7 @@ turn = lambda role, content: {'role': role, 'content': content}
 
 # A server on loopback that speaks as OpenAI's does. What a model is named decides how it judges.
 SERVER = '''
-import asyncio, re, sys
+import asyncio, re, socket
 from aiohttp import web
 
 asked, everybody = set(), asyncio.Event()
@@ -54,24 +54,16 @@ async def complete(request):
 
 app = web.Application()
 app.router.add_post('/v1/chat/completions', complete)
-async def tell(app): print('ready', flush=True)
-app.on_startup.append(tell)
-web.run_app(app, host='127.0.0.1', port=int(sys.argv[1]), print=None)
+listening = socket.create_server(('127.0.0.1', 0))
+print(listening.getsockname()[1], flush=True)
+web.run_app(app, sock=listening, print=None)
 '''
 
 @pytest.fixture(scope='module')
 def server():
-    "Start the server, give its address, end it."
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen([sys.executable, '-c', SERVER, str(port)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == 'ready\n'
-    for _ in range(100):
-        with socket.socket() as probe:
-            if probe.connect_ex(('127.0.0.1', port)) == 0: break
-        time.sleep(0.05)
-    yield f'http://127.0.0.1:{port}/v1'
+    "Start the server, give its address, end it. It listens before it names its port, so whoever comes early waits."
+    process = subprocess.Popen([sys.executable, '-c', SERVER], stdout=subprocess.PIPE, text=True)
+    yield f'http://127.0.0.1:{int(process.stdout.readline())}/v1'
     process.kill()
     process.wait()
 

@@ -18,6 +18,7 @@ from kyara.providers import BATCHES, CALLS, check_request
 from kyara.wire import environment_proxy
 
 SECRET = 'sk-planted-0123456789abcdef'
+PATIENCE = 300 # Seconds that a call may take on however slow a machine
 turns = lambda text: [{'role': 'system', 'content': '用繁體中文回答。'}, {'role': 'user', 'content': text}]
 
 @pytest.fixture(autouse=True)
@@ -50,6 +51,7 @@ def serve(answer):
             self.end_headers()
             self.wfile.write(raw)
     class Server(ThreadingHTTPServer):
+        request_queue_size = 128
         def handle_error(self, *_): pass
     server = Server(('127.0.0.1', 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -59,7 +61,7 @@ def serve(answer):
         server.server_close()
 
 def openai_settings(url, **more):
-    return ModelSettings('qwen', 'openai', 'qwen3-32b', url + '/v1', 'OPENAI_TEST_KEY', **{'timeout': 2, **more})
+    return ModelSettings('qwen', 'openai', 'qwen3-32b', url + '/v1', 'OPENAI_TEST_KEY', **{'timeout': PATIENCE, **more})
 
 def good(text='三千九百五十二公尺。', reason='stop', **message):
     return {'model': 'qwen3-32b', 'choices': [{'message': {'content': text, **message}, 'finish_reason': reason}],
@@ -138,19 +140,30 @@ def test_stop_texts_that_a_server_leaves_in_are_cut():
     with serve(lambda *_: (200, good('三千\n\n問：'))) as url: reply, = send(openai_settings(url), Request(turns('x'), stop=('\n\n',)))
     assert reply.text == '三千'
 
+@contextmanager
+def absent():
+    "Give an address that is taken, where nobody listens."
+    with socket.socket() as taken:
+        taken.bind(('127.0.0.1', 0))
+        yield f'127.0.0.1:{taken.getsockname()[1]}'
+
 def test_silence_a_dropped_body_and_nobody_there_are_told_apart():
+    over = threading.Event()
     def answer(handler, body):
         prompt = body['messages'][-1]['content']
-        if prompt == 'silence': time.sleep(1.5)
+        if prompt == 'silence': over.wait(PATIENCE)
         if prompt == 'dropped':
             handler.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{"half')
             handler.wfile.flush()
             handler.connection.shutdown(socket.SHUT_RDWR)
         return 200, good()
-    with serve(answer) as url: silent, dropped = send(openai_settings(url, timeout=0.5), Request(turns('silence')), Request(turns('dropped')))
-    absent, = send(openai_settings(url), Request(turns('x')))
+    with serve(answer) as url:
+        silent, = send(openai_settings(url, timeout=0.5), Request(turns('silence')))
+        over.set()
+        dropped, = send(openai_settings(url), Request(turns('dropped')))
+    with absent() as address: nobody, = send(openai_settings(f'http://{address}'), Request(turns('x')))
     assert silent.reason == 'no reply in 0.5 seconds' and dropped.reason.startswith('connection lost'), (silent, dropped)
-    assert absent.reason.startswith('unreachable'), absent
+    assert nobody.reason.startswith('unreachable'), nobody
 
 def test_a_proxy_of_the_environment_is_used(monkeypatch):
     paths = []
@@ -162,9 +175,16 @@ def test_a_proxy_of_the_environment_is_used(monkeypatch):
     with pytest.raises(UserError, match='socks5://proxy.example|speaks no HTTP') as caught: environment_proxy('https://models.example/v1', 'qwen')
     assert 'secret' not in str(caught.value)
 
-@pytest.mark.parametrize('url', ['models.example/v1', 'ftp://models.example', 'http://', '127.0.0.1:8000'])
+@pytest.mark.parametrize('url', ['models.example/v1', 'ftp://models.example', 'http://', '127.0.0.1:8000', 'http://models..example/v1', 'http://127.0.0.1:99999/v1',
+                                 'http://127.0.0.1:0/v1', 'http://127.0.0.1:80a/v1', 'http://[::1/v1', f'http://{"m" * 64}.example/v1'])
 def test_an_address_that_is_none_is_said_at_once(url):
     with pytest.raises(UserError, match='is no address'): send(ModelSettings('m', 'openai', 'm', url), Request(turns('x')))
+
+@pytest.mark.parametrize('url', [f'http://user:{SECRET}@models.example/v1', f'http://models.example/v1?key={SECRET}', f'http://models.example/v1#{SECRET}'])
+def test_an_address_takes_no_key_with_it(url):
+    "What follows a question mark would be lost besides."
+    with pytest.raises(UserError, match='into the environment') as caught: send(ModelSettings('m', 'openai', 'm', url), Request(turns('x')))
+    assert SECRET not in str(caught.value)
 
 def test_strict_schemas_close_what_pydantic_leaves_open():
     from enum import Enum
@@ -181,14 +201,14 @@ def test_strict_schemas_close_what_pydantic_leaves_open():
 # Gemini
 
 def gemini_settings(url, **more):
-    return ModelSettings('flash', 'gemini', more.pop('model', 'gemini-3-flash'), url, more.pop('key', 'GEMINI_TEST_KEY'), **{'timeout': 2, **more})
+    return ModelSettings('flash', 'gemini', more.pop('model', 'gemini-3-flash'), url, more.pop('key', 'GEMINI_TEST_KEY'), **{'timeout': PATIENCE, **more})
 
 @pytest.mark.parametrize('start', [serve_rest, serve_grpc], ids=['rest', 'grpc'])
 def test_gemini_over_both_wires(start):
-    fake, marks = Fake(), ['玉山', 'length', 'safety', 'blocked', 'empty', 'rerouted', 'odd', 'bad', 'busy', 'broken', 'slow']
+    fake, marks = Fake(), ['玉山', 'length', 'safety', 'blocked', 'empty', 'rerouted', 'odd', 'bad', 'busy', 'broken']
     with start(fake) as url:
-        settings = gemini_settings(url, timeout=1)
-        replies = dict(zip(marks, send(settings, Request(turns('玉山')), *(Request(turns(f'[[{mark}]]')) for mark in marks[1:]))))
+        replies = dict(zip(marks, send(gemini_settings(url), Request(turns('玉山')), *(Request(turns(f'[[{mark}]]')) for mark in marks[1:]))))
+        replies['slow'], = send(gemini_settings(url, timeout=1), Request(turns('[[slow]]')))
     assert (replies['玉山'].text, replies['玉山'].model_version) == (ECHO + '玉山', 'gemini-3-flash-001')
     endings = {mark: replies[mark].finish_reason for mark in marks[:7]}
     assert endings == {'玉山': 'stop', 'length': 'length', 'safety': 'safety', 'blocked': 'safety', 'empty': 'stop', 'rerouted': 'stop', 'odd': 'other'}
@@ -207,7 +227,7 @@ def test_gemini_refusals(start, monkeypatch):
             failure, = send(settings, Request(turns('x')))
             assert isinstance(failure, Refused) and said in str(failure) and KEY not in str(failure), failure
     assert 'a-key-of-somebody-else' not in fake.keys # the library would take it from the environment
-    failure, = send(gemini_settings(url), Request(turns('x')))
+    with absent() as address: failure, = send(gemini_settings(f"{'grpc' if start is serve_grpc else 'http'}://{address}"), Request(turns('x')))
     assert failure.reason.startswith('unreachable'), failure
 
 @pytest.mark.parametrize('start', [serve_rest, serve_grpc], ids=['rest', 'grpc'])
@@ -264,23 +284,22 @@ def test_gemini_cancelled_in_the_moment_of_its_reply_stays_cancelled(start):
             await asyncio.sleep(0)
             task.cancel()
             with pytest.raises(asyncio.CancelledError): await task
-    with start(fake) as url: asyncio.run(main(gemini_settings(url, timeout=30)))
+    with start(fake) as url: asyncio.run(main(gemini_settings(url)))
 
 def test_a_hanging_call_keeps_no_interrupted_program_alive():
     code = '''import asyncio, time
 from kyara.gemini import Threads
 async def main():
     threads = Threads(4, time.sleep)
-    try: await asyncio.wait_for(threads(60), 0.2)
+    try: await asyncio.wait_for(threads(3600), 0.2)
     except asyncio.TimeoutError: threads.close()
 asyncio.run(main())'''
-    started = time.monotonic()
-    subprocess.run([sys.executable, '-c', code], check=True, timeout=30)
-    assert time.monotonic() - started < 15
+    subprocess.run([sys.executable, '-c', code], check=True, timeout=PATIENCE)
 
 def test_threads_are_as_many_as_needed_and_pass_errors_on():
+    together = threading.Barrier(3)
     def work(number):
-        time.sleep(0.05)
+        if number < 3: together.wait(PATIENCE)
         return 1 / number
     async def main():
         threads = Threads(3, work)
@@ -297,7 +316,7 @@ def batch(tmp_path):
     pytest.importorskip('google.genai')
     fake = Fake()
     with serve_rest(fake) as url:
-        settings = ModelSettings('patient', 'gemini-batch', 'gemini-3-flash', url, 'GEMINI_TEST_KEY', timeout=5, price_input=1, price_output=10)
+        settings = ModelSettings('patient', 'gemini-batch', 'gemini-3-flash', url, 'GEMINI_TEST_KEY', timeout=PATIENCE, price_input=1, price_output=10)
         yield fake, settings, tmp_path/'ledger.sqlite'
 
 def questions(*texts, **more): return [Request(turns(text), **more) for text in texts]
@@ -320,16 +339,16 @@ def test_a_batch_answers_and_names_what_it_cannot(batch, capsys):
 PROGRAM = '''import sys
 from kyara.core import ModelSettings
 from kyara.llm import Request, ask
-settings = ModelSettings('patient', 'gemini-batch', 'gemini-3-flash', sys.argv[1], 'GEMINI_TEST_KEY', timeout=5)
+settings = ModelSettings('patient', 'gemini-batch', 'gemini-3-flash', sys.argv[1], 'GEMINI_TEST_KEY', timeout=300)
 ask([Request([{'role': 'user', 'content': str(number)}]) for number in range(30)], settings, ledger=sys.argv[2])'''
 
 def kill_when(fake, settings, ledger, ready):
     "Start a program that asks 30 questions, and kill it when `ready()`."
     program = subprocess.Popen([sys.executable, '-c', PROGRAM, settings.base_url, str(ledger)], stderr=subprocess.PIPE)
-    limit = time.time() + 60
+    limit = time.time() + PATIENCE
     while not ready() and program.poll() is None and time.time() < limit: time.sleep(0.01)
     program.send_signal(signal.SIGKILL)
-    _, told = program.communicate(timeout=10)
+    _, told = program.communicate(timeout=PATIENCE)
     assert program.returncode == -signal.SIGKILL, told.decode()
 
 thirty = [Request([{'role': 'user', 'content': str(number)}]) for number in range(30)]
@@ -339,6 +358,7 @@ def test_kill_9_pays_no_batch_twice(batch, moment, monkeypatch):
     "Between submission and collection, and before the service has answered the submission."
     fake, settings, ledger = batch
     fake.work = 10 ** 9
+    monkeypatch.setattr(gemini, 'SETTLE', PATIENCE) # The job shows up before, however slow the machine
     if moment == 'sending':
         fake.lag, taken, submit = 2.0, threading.Event(), fake.submit
         def slow_submit(*job):
@@ -406,7 +426,7 @@ def test_a_budget_bounds_the_first_job_by_the_most_it_can_cost(batch):
 def test_batch_wrong_key_and_missing_package(batch, monkeypatch):
     import google
     fake, settings, ledger = batch
-    wrong = ModelSettings('patient', 'gemini-batch', 'gemini-3-flash', settings.base_url, 'WRONG_TEST_KEY', timeout=5)
+    wrong = ModelSettings('patient', 'gemini-batch', 'gemini-3-flash', settings.base_url, 'WRONG_TEST_KEY', timeout=PATIENCE)
     with pytest.raises(Refused, match='WRONG_TEST_KEY'): ask(thirty, wrong, ledger=ledger)
     with Ledger(ledger) as opened: assert not opened.jobs('gemini-batch', 'gemini-3-flash')
     monkeypatch.delattr(google, 'genai', raising=False)
@@ -472,26 +492,31 @@ def tiny_server(tiny):
     "`transformers serve` on loopback, a process of its own."
     pytest.importorskip('fastapi')
     pytest.importorskip('uvicorn')
+    log, limit = tiny.with_name('server.log'), time.time() + 2 * PATIENCE
+    with open(log, 'w') as told:
+        server, url = start_serving(tiny, told)
+        try:
+            while not healthy(url):
+                if time.time() > limit: pytest.fail(log.read_text()[-2000:])
+                if server.poll() is not None: server, url = start_serving(tiny, told) # Somebody else has taken the port
+                time.sleep(0.2)
+            yield ModelSettings('served', 'openai', str(tiny), f'{url}/v1', timeout=PATIENCE, concurrency=1), server
+        finally:
+            server.kill()
+            server.wait()
+
+def start_serving(model, log):
+    "Start a server on a port that is free now; give its process and address."
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    command = [sys.executable, '-c', 'from transformers.cli.transformers import main; main()', 'serve', str(tiny), '--host', '127.0.0.1', '--port', str(port), '--device', 'cpu']
-    log = open(tiny.with_name('server.log'), 'w')
-    server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, 'HF_HUB_OFFLINE': '1'})
-    try:
-        limit = time.time() + 120
-        while True:
-            try: urllib.request.urlopen(f'http://127.0.0.1:{port}/health', timeout=2).close()
-            except OSError:
-                if server.poll() is not None or time.time() > limit: pytest.fail(Path(log.name).read_text()[-2000:])
-                time.sleep(0.2)
-            else: break
-        yield ModelSettings('served', 'openai', str(tiny), f'http://127.0.0.1:{port}/v1', timeout=30, concurrency=1), server
-    finally:
-        server.terminate()
-        try: server.wait(10)
-        except subprocess.TimeoutExpired: server.kill()
-        log.close()
+    command = [sys.executable, '-c', 'from transformers.cli.transformers import main; main()', 'serve', str(model), '--host', '127.0.0.1', '--port', str(port), '--device', 'cpu']
+    return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, 'HF_HUB_OFFLINE': '1'}), f'http://127.0.0.1:{port}'
+
+def healthy(url):
+    try: urllib.request.urlopen(f'{url}/health', timeout=10).close()
+    except OSError: return False
+    return True
 
 def test_transformers_serve_answers_and_the_second_run_asks_nothing(tiny_server, tmp_path):
     settings, server = tiny_server
@@ -504,8 +529,8 @@ def test_transformers_serve_answers_and_the_second_run_asks_nothing(tiny_server,
     assert replies[4].text != replies[5].text and replies[6].text == TAUGHT['用臺灣用語回答。'] # seeds tell; top_p leaves the likeliest
     fresh = ask(requests[4:5], settings, ledger=tmp_path/'b.sqlite')[0]
     assert not fresh.cached and fresh.text == replies[4].text # the same seed, the same reply
-    server.terminate()
-    server.wait(10)
+    server.kill()
+    server.wait()
     again = ask(requests, settings, ledger=tmp_path/'a.sqlite')
     assert [reply.text for reply in again] == [reply.text for reply in replies] and all(reply.cached for reply in again)
 
@@ -522,11 +547,8 @@ def test_what_a_provider_cannot_do_is_refused_before_anything_is_paid(provider, 
     with pytest.raises(UserError): ask([Request(turns('x')), request], settings, ledger=tmp_path/'ledger.sqlite')
 
 @pytest.mark.parametrize('provider', [*CALLS, *BATCHES])
-def test_ordinary_requests_pass_quickly(provider):
-    settings, request = ModelSettings('any', provider, 'any'), Request(turns('玉山有多高？'), 0.7, 0.9, stop=('\n',))
-    started = time.process_time()
-    for _ in range(10_000): check_request(request, settings)
-    assert time.process_time() - started < 0.2 # 20 µs each would still be nothing beside a call
+def test_ordinary_requests_pass(provider):
+    check_request(Request(turns('玉山有多高？'), 0.7, 0.9, stop=('\n',), seed=1), ModelSettings('any', provider, 'any'))
 
 # settings.ini
 

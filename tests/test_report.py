@@ -10,6 +10,7 @@ from kyara.labels import Label, save_labels
 from kyara.report import difference_table, judge_table, pair_table, report_html, retrieval_table, write_report
 
 EVIL = '<script>alert("玉山")</script><img src=x onerror=alert(1)>"\'&lt;[[sections]]'
+PATIENCE = 600_000 # Milliseconds
 CHROMIUM = next((path for name in ('chromium', 'chromium-browser') if (path := shutil.which(name))), None)
 
 def make_run(folder, text):
@@ -105,8 +106,9 @@ def test_page_on_a_phone(tmp_path):
     make_run(tmp_path / 'demo', EVIL)
     path, asked = write_report(tmp_path / 'demo'), []
     with playwright.sync_playwright() as tools:
-        browser = tools.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
+        browser = tools.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'], timeout=PATIENCE)
         page = browser.new_page(viewport={'width': 390, 'height': 844}, is_mobile=True)
+        page.set_default_timeout(PATIENCE)
         page.on('request', lambda request: asked.append(request.url))
         page.on('dialog', lambda dialog: asked.append('a script ran: ' + dialog.message))
         page.goto(path.as_uri())

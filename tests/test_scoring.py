@@ -330,14 +330,30 @@ def test_every_mistake_is_one_line(tmp_path):
         with pytest.raises(UserError) as error: case()
         assert str(error.value).strip() and '\n' not in str(error.value) and len(str(error.value)) < 300, str(error.value)
 
-def test_bad_files_are_named(tmp_path):
-    cut = tmp_path/'cut.jsonl.gz'
-    cut.write_bytes(gzip.compress(b'{"id": 1}\n' * 1000)[:40])
-    broken, empty = tmp_path/'broken.jsonl', tmp_path/'empty.jsonl'
-    broken.write_text('{"id": 1, "answer": "2", "output": "2"}\n{"id": 2, "ans')
-    empty.write_text('')
-    for path, word in ((cut, 'truncated'), (broken, 'line 2'), (empty, 'no rows'), (tmp_path/'none.json', 'cannot be read')):
-        with pytest.raises(UserError, match=word): score_file('gsm8k', path)
+@pytest.mark.parametrize('name,content,word', [
+    ('cut.jsonl.gz', gzip.compress(b'{"id": 1}\n' * 1000)[:40], 'truncated'), ('plain.json.gz', b'[]', 'not gzip'),
+    ('cut.jsonl', b'{"id": 1, "answer": "2", "output": "2"}\n{"id": 2, "ans', 'line 2'), ('cut.json', b'[{"id": 1}', 'line 1'),
+    ('braces.jsonl', b'{' * 10**6, 'line 1'), ('brackets.json', b'[' * 10**6, 'line 1'), ('binary.json', bytes(range(256)), 'not UTF-8'),
+    ('zeros.jsonl', bytes(1000), 'line 1'), ('numbers.json', b'[NaN, 1]', 'row 1 is not an object'), ('empty.jsonl', b'', 'no rows'),
+    ('empty.json', b'[]', 'no rows'), ('empty.csv', b'id,answer,output\n', 'no rows'), ('cut.csv', b'id,answer,output\n1,2', 'row 1 has other columns'),
+    ('quote.csv', b'id,answer,output\n1,2,"{', 'whole')])
+def test_bad_files_are_named(name, content, word, tmp_path):
+    (tmp_path/name).write_bytes(content)
+    with pytest.raises(UserError, match=word) as error: score_file('gsm8k', tmp_path/name)
+    assert name in str(error.value) and '\n' not in str(error.value) and len(str(error.value)) < 300
+
+def test_what_a_file_is_called_decides_little(tmp_path):
+    text = '\n'.join(map(json.dumps, [{'id': '1', 'answer': '7', 'output': 'x' * 200_000}, *outputs(2)[:1]]))
+    (tmp_path/'lines.json').write_text(text)
+    (tmp_path/'list.jsonl').write_text(f"[{text.replace(chr(10), ',')}]")
+    with open(tmp_path/'table.csv', 'w', newline='') as file:
+        writer = csv.DictWriter(file, ['id', 'answer', 'output'])
+        writer.writeheader()
+        writer.writerows(map(json.loads, text.split('\n')))
+    got = [read_outputs(tmp_path/name) for name in ('lines.json', 'list.jsonl', 'table.csv')]
+    assert got[0] == got[1] == got[2] and len(got[0][0]['output']) == 200_000
+    for path in (tmp_path, tmp_path/'none.json'):
+        with pytest.raises(UserError, match='cannot be read'): score_file('gsm8k', path)
 
 @pytest.mark.parametrize('benchmark,rows,rule,word', [
     ('gsm8k', [{'id': 1, 'answer': '2', 'output': '2'}] * 2, None, 'twice'),
@@ -348,9 +364,13 @@ def test_bad_files_are_named(tmp_path):
     ('alpaca_eval', [{'preference': 1.2}], 'length_controlled', '--data'),
     ('tmmluplus', [{'subject': 'physics', 'acc': '0.5'}], None, 'missing'),
     ('truthfulqa', [{'labels': [1], 'loglikelihoods': []}], None, 'needs labels'),
+    ('truthfulqa', [{'labels': [1, 0], 'loglikelihoods': [-1.0, float('nan')]}], 'mc2', 'NaN'),
+    ('alpaca_eval', [{'preference': 7}], None, 'preference 7; it lies between 1 and 2'),
+    ('zebra-grid', [{'id': 'lgp-test-2x2-0', 'kyara': 'true'}], None, "kyara has 'true' for item lgp-test-2x2-0"),
+    ('chinese-reason-bench', [{'id': 1, 'judge_score': 11}], None, 'no judgement could be read'),
 ])
 def test_mistakes_are_named(benchmark, rows, rule, word):
-    with pytest.raises(UserError, match=word): score_rows(benchmark, rows, rule)
+    with pytest.raises(UserError, match=word): score_rows(benchmark, rows, rule, partial=benchmark != 'gsm8k')
 
 def test_output_is_never_evaluated(tmp_path):
     trap = tmp_path/'trap'
