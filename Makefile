@@ -27,7 +27,7 @@ test: $(READY)
 	@$(call unchanged,nbdev-clean)
 	@$(call unchanged,nbdev-export)
 	nbdev-test --n-workers 2
-	pytest
+	pytest -o faulthandler_timeout=1200
 
 # Run a command that must leave notebooks and package as they are.
 SOURCES = nbs/*.ipynb kyara/*.py

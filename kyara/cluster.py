@@ -162,7 +162,7 @@ class SharedPace(Pace):
 # %% ../nbs/03_cluster.ipynb #03000012
 class RemoteLedger(Ledger):
     "A ledger that the office keeps, for one attempt at one shard."
-    strict = True
+    distant = True
     def __init__(self, call: Callable, place: str, name: str, attempt: str, beat: float = 10.0):
         self.path, self.read_only, self._folder = Path(place), False, None
         self.call, self._who = call, (str(place), name, attempt)

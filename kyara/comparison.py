@@ -231,10 +231,8 @@ def paired_difference(
     seed: int = 0, # Of the bootstrap
 ) -> dict: # `difference` (second minus first, in points), `low`, `high`, `n` shared items
     "Compare two models on the items that both answered."
-    of = lambda model: {row['item_id']: row for row in transcripts
-                        if (row['benchmark'], row['model']) == (benchmark, model) and row['score'] is not None}
-    problem = f'{first} and {second} share no item of {benchmark}'
-    return _paired(of(first), of(second), problem, benchmark, seed)
+    one, other = (_scored(transcripts, model, benchmark) for model in (first, second))
+    return _paired(one, other, f'{first} and {second} share no item of {benchmark}', benchmark, seed)
 
 def script_difference(
     transcripts: list[dict], # Of one model on both forms; judgements where a judge scores
@@ -244,10 +242,12 @@ def script_difference(
     seed: int = 0, # Of the bootstrap
 ) -> dict: # As `paired_difference` gives it
     "Compare two forms of the same items."
-    of = lambda name: {row['item_id']: row for row in transcripts
-                       if (row['benchmark'], row['model']) == (name, model) and row['score'] is not None}
-    problem = f'{first} and {second} share no item that {model} answered'
-    return _paired(of(first), of(second), problem, first, seed)
+    one, other = (_scored(transcripts, model, benchmark) for benchmark in (first, second))
+    return _paired(one, other, f'{first} and {second} share no item that {model} answered', first, seed)
+
+def _scored(rows, model, benchmark):
+    return {row['item_id']: row for row in rows
+            if (row['model'], row['benchmark']) == (model, benchmark) and row['score'] is not None}
 
 def _paired(first, second, problem, benchmark, seed):
     shared = [item for item in first if item in second]

@@ -170,12 +170,19 @@ def chinese_pyplot(): # `matplotlib.pyplot`
 class Spool:
     "A list of rows that only grows, on disk: for what is read a second time and may be too large for memory."
     def __init__(self):
-        self.file, self.first = tempfile.TemporaryFile(), None
+        self.file, self.first, self.count = tempfile.TemporaryFile(), None, 0
 
     def append(self, row: dict):
         "Add a row that JSON can hold."
         self.first = self.first or row
-        self.file.write(json.dumps(row).encode() + b'\n')
+        self.file.write(json.dumps(row, ensure_ascii=False).encode('utf-8', 'surrogatepass') + b'\n')
+        self.count += 1
+
+    def extend(self, rows: Iterable[dict]):
+        "Add rows."
+        for row in rows: self.append(row)
+
+    def __len__(self) -> int: return self.count
 
     def __iter__(self) -> Iterator[dict]:
         self.file.seek(0)

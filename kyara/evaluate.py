@@ -8,7 +8,7 @@ __all__ = ['FAILED', 'read_items', 'run_generation', 'grade_replies', 'answer_lo
            'add_length_controlled', 'item_texts']
 
 # %% ../nbs/18_evaluation.ipynb #18000002
-import functools, json, random
+import functools, json, math, random
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from .comparison import (
     difference_table, figures, interval, length_controlled, paired_difference, plot_scores, script_ablation,
     script_difference, script_table, tokens_per_character)
 from .core import UserError, drop, model_settings
+from .decoding import padded
 from .judged import BENCHMARKS, find_benchmark
 from .llm import Client, model_identity
 from .metrics import aggregate_alignbench, aggregate_tmmluplus
@@ -128,6 +129,8 @@ def answer_loglikelihoods(
         for prompt, answers in batch:
             for place, tokens in answers:
                 results[place] = (next(sums), len(tokens), len(prompt) + len(tokens) <= limit)
+    if any(math.isnan(value) for value, _, _ in results):
+        raise UserError(f'{folder} finds an answer NaN likely; are its weights whole?')
     return results
 
 def _by_prompt(tokenizer, pairs, limit, name):
@@ -163,7 +166,7 @@ def _answer_sums(model, pad, batch, limit):
     answers = [tokens for _, own in batch for _, tokens in own]
     owner = torch.tensor([row for row, (_, own) in enumerate(batch) for _ in own], device=model.device)
     kept = [prompt[-(limit - max(len(tokens) for _, tokens in own)):] for prompt, own in batch]
-    ids, real = _padded(kept, pad, model.device, left=True)
+    ids, real = padded(kept, pad, model.device)
     several = max(map(len, answers)) > 1
     with torch.inference_mode():
         position = (real.cumsum(-1) - 1).clamp(min=0)
@@ -177,8 +180,8 @@ def _answer_sums(model, pad, batch, limit):
 def _rest_sums(model, pad, answers, cache, owner, real):
     import torch
     cache.batch_select_indices(owner)
-    given, seen = _padded([tokens[:-1] for tokens in answers], pad, model.device)
-    wanted, counted = _padded([tokens[1:] for tokens in answers], pad, model.device)
+    given, seen = padded([tokens[:-1] for tokens in answers], pad, model.device, left=False)
+    wanted, counted = padded([tokens[1:] for tokens in answers], pad, model.device, left=False)
     # Position 0 of an answer comes after all of its prompt's tokens.
     position = real.sum(-1, keepdim=True)[owner] + torch.arange(given.shape[1], device=model.device)
     mask = torch.cat([real[owner], seen], dim=-1)
@@ -186,14 +189,6 @@ def _rest_sums(model, pad, answers, cache, owner, real):
     logits = output.logits.float()
     values = logits.gather(-1, wanted[..., None]).squeeze(-1) - logits.logsumexp(-1)
     return (values * counted).sum(-1)
-
-def _padded(rows, pad, device, left=False):
-    import torch
-    width = max(map(len, rows))
-    fill = lambda row, value: [value] * (width - len(row))
-    join = lambda row, body, value: [*fill(row, value), *body] if left else [*body, *fill(row, value)]
-    return (torch.tensor([join(row, row, pad) for row in rows], device=device),
-            torch.tensor([join(row, [1] * len(row), 0) for row in rows], device=device))
 
 # %% ../nbs/18_evaluation.ipynb #18000017
 def run_choices(

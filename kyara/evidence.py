@@ -394,12 +394,12 @@ def outcome_pair(
 
 # %% ../nbs/12_evidence.ipynb #12000035
 def compare_routes(
-    rows: list[dict], # Kept and dropped rows with `agreement` in their details
+    rows: Iterable[dict], # Kept and dropped rows with `agreement` in their details
 ) -> list[tuple]: # Two routes; how often both agree, only the first, only the second, neither
     "Count how two routes judge the same answers."
-    found = [details(row).get('agreement', {}) for row in rows]
-    cases, table = [(True, True), (True, False), (False, True), (False, False)], []
-    for one, other in combinations(ROUTES, 2):
-        counts = Counter((says[one], says[other]) for says in found if one in says and other in says)
-        if counts: table.append((one, other, *(counts[case] for case in cases)))
-    return table
+    cases, table = [(True, True), (True, False), (False, True), (False, False)], {}
+    for row in rows:
+        says = details(row).get('agreement', {})
+        for pair in combinations(ROUTES, 2):
+            if says.keys() >= {*pair}: table.setdefault(pair, Counter())[tuple(says[route] for route in pair)] += 1
+    return [(*pair, *(table[pair][case] for case in cases)) for pair in combinations(ROUTES, 2) if pair in table]

@@ -18,7 +18,7 @@ from .core import ModelSettings, UserError, content_hash
 from .ledger import Job
 from .llm import CallFailure, Completion, Recorder, Refused, Request, hide, late, notice, pause
 from .llm import retry_after, status_failure
-from .wire import Deadlines, is_loopback, to_json, watched
+from .wire import Deadlines, checked_address, is_loopback, to_json, watched
 
 # %% ../nbs/09_gemini.ipynb #09000005
 SAFETY = {'': 'BLOCK_NONE', 'none': 'BLOCK_NONE', 'few': 'BLOCK_ONLY_HIGH', 'some': 'BLOCK_MEDIUM_AND_ABOVE',
@@ -170,6 +170,7 @@ def gemini_client(
     key: str, # '' for none
 ): # GenerativeServiceClient
     "Make a client that shares nothing with the rest of the process."
+    if settings.base_url: checked_address(settings.base_url, settings.name, ('https', 'http', 'grpc'))
     import_genai()
     from google.ai.generativelanguage import GenerativeServiceClient as Client
     from google.api_core.client_options import ClientOptions
@@ -329,7 +330,7 @@ class BatchService:
             raise UserError(f'model {settings.name} needs google-genai: pip install "kyara[genai]"') from None
         self.settings, self.key = settings, settings.api_key()
         options = {'timeout': int(settings.timeout * 1000)}
-        if settings.base_url: options['base_url'] = settings.base_url.rstrip('/')
+        if settings.base_url: options['base_url'] = checked_address(settings.base_url, settings.name).rstrip('/')
         self.client = genai.Client(api_key=self.key or 'none', vertexai=False, http_options=options)
 
     def call(self, work, absent: bool = False, **arguments): # absent: 404 means None

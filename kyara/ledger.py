@@ -319,7 +319,7 @@ INSERT_JOB = 'insert or replace into jobs values (?, ?, ?, ?, ?, ?)'
 
 class Ledger:
     "Paid replies by call id, in one SQLite file; safe to use from several threads and processes."
-    strict = False # True: a call counts as under way until its reply is durable
+    distant = False # True: on another machine, so a reply goes there as soon as it has come
     def __init__(self,
         path: str | Path, # The SQLite file; ':memory:' is one that is gone with this object
         read_only: bool = False, # Change nothing; so it is anyway where nothing can be written

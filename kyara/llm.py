@@ -241,8 +241,8 @@ class Recorder:
         self.prices = f'{settings.price_input:g}/{settings.price_output:g}'
         self._pending, self._durable, self._failures, self._writing = [], [], [], threading.Lock()
         self.taken = self.durable = 0 # Each is counted by one thread only
-        self.ahead = 0 if ledger.strict else settings.concurrency # Replies that may wait for the disk beside the calls
-        self.enough = max(1, self.ahead // 2) # Replies that are worth a write
+        self.ahead = settings.concurrency // (4 if ledger.distant else 1) # Replies that may wait beside calls under way
+        self.enough = 1 if ledger.distant else max(1, self.ahead // 2) # Replies that are worth a write
         self.bell, self._waiting = None, deque() # Rung when there are enough; who waits, and for how many to be durable
 
     @property

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 
 from .core import ModelSettings, UserError
-from .decoding import Row, can_decode, decode, left_padded, likeliest
+from .decoding import Row, can_decode, decode, likeliest, padded
 from .llm import Completion, Recorder, Request, cut_at_stop, model_identity
 
 # %% ../nbs/09_local.ipynb #09000005
@@ -190,8 +190,7 @@ def local_batches(
     for batch in affordable_batches([(row.key, row) for row in rows], size, recorder):
         call_ids, own = zip(*batch)
         sampler = [SeededSampler(call_ids, sampling.temperature, sampling.top_p)] if sampling.temperature else []
-        mask = left_padded([[1] * len(row.prompt) for row in own], 0, model.device)
-        ids = left_padded([row.prompt for row in own], tokenizer.pad_token_id, model.device)
+        ids, mask = padded([row.prompt for row in own], tokenizer.pad_token_id, model.device)
         with torch.inference_mode():
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config,
                                     tokenizer=tokenizer, logits_processor=sampler)[:, ids.shape[1]:].tolist()

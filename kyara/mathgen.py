@@ -9,15 +9,16 @@ __all__ = ['KINDS', 'PERSONA_HUB', 'WRITE_PROBLEM', 'METHODS', 'DEEPEN_PROBLEM',
            'make_problems', 'make_math', 'plot_math']
 
 # %% ../nbs/12_math.ipynb #12000002
-import random, re, unicodedata
+import heapq, random, re, unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
+from itertools import chain
 from typing import ClassVar
 
 from .answers import (boxed_content, final_answer, plain_answer, read_quantity, readings, same_answer,
                            same_reading, stated_answer)
 from .confine import confinement
-from .core import UserError, content_hash, dialogue, drop, read_jsonl, resolve_path
+from .core import Spool, UserError, batched, content_hash, dialogue, drop, read_jsonl, resolve_path
 from .drafts import Form, ask_form, fill
 from .evidence import (ROUTES, accept_solutions, asked, calculate_by_program, check_routes, compare_routes, criticise,
                             majority, math_row, said, solve_problems, verify, with_last_line,
@@ -34,9 +35,9 @@ def read_personas(
     location: str, # JSONL (.gz too), 'sample:personas', or a data set of the hub such as `PERSONA_HUB`
     license: str = '', # Licence of the personas where neither a line nor the data set names one
     max_personas: int = 0, # Different ones to read; 0 for all
-) -> tuple[list[dict], list[dict]]: # Personas with `persona`, `source`, `license`; dropped rows
+) -> tuple[list[dict], Spool]: # Personas with `persona`, `source`, `license`; dropped rows
     "Read personas in PersonaHub's form, each once."
-    personas, dropped, source = {}, [], persona_source(location)
+    personas, dropped, source = {}, Spool(), persona_source(location)
     for name, record, raw in persona_records(location):
         persona = str((record or {}).get('persona') or (record or {}).get('input persona') or '').strip()
         row = dialogue([{'role': 'user', 'content': raw}], 'math', stage='math', source=source)
@@ -80,21 +81,20 @@ def plan_drafts(
     kinds: list[str], # Kinds to choose from; [] for all that `KINDS` has for the difficulty
     difficulty: str | dict, # '簡單', or shares such as {'簡單': 3, '中等': 1}
     seed: int, # Decides everything that is drawn
-) -> list[dict]: # Personas with `kind`, `difficulty` and `sample`
+) -> Iterator[dict]: # Personas with `kind`, `difficulty` and `sample`
     "Decide what each problem shall be about."
     shares = {difficulty: 1} if isinstance(difficulty, str) else difficulty
     unknown = [name for name in shares if name not in KINDS]
     if unknown or not shares: raise UserError(f"difficulty {difficulty} is unknown; known are {', '.join(KINDS)}")
     order = random.Random(f'personas {seed}').sample(personas, len(personas))
-    drafts, seen = [], Counter()
+    seen = Counter()
     for number in range(count):
         draw = random.Random(f'{seed} {number}')
         level = draw.choices(list(shares), list(shares.values()))[0]
         persona, kind = order[number % len(order)], draw.choice(kinds or KINDS[level])
         key = persona['persona'], kind, level
-        drafts.append({**persona, 'kind': kind, 'difficulty': level, 'sample': seen[key]})
+        yield {**persona, 'kind': kind, 'difficulty': level, 'sample': seen[key]}
         seen[key] += 1
-    return drafts
 
 # %% ../nbs/12_math.ipynb #12000007
 WRITE_PROBLEM = '''# 任務：出數學題
@@ -147,21 +147,27 @@ def _problem_prompt(draft):
 def drop_near_duplicates(
     problems: list[dict], # With `problem`
     max_similarity: float = 0.75, # Shared pairs of characters in all of both; above it the later one goes
+    seen: dict | None = None, # Problems that were kept before, by their numbers; the new ones are added
 ) -> tuple[list[dict], list[dict]]: # Kept problems; dropped rows with the other's text as evidence
     "Keep the first of problems that say the same."
-    kept, dropped, blocks = [], [], {}
+    kept, dropped, blocks = [], [], {} if seen is None else seen
     for problem in problems:
         text = unicodedata.normalize('NFKC', problem['problem'])
         words = re.sub(r'[\W\d]', '', text)
-        pairs = {words[place:place + 2] for place in range(len(words) - 1)}
-        block = blocks.setdefault(tuple(re.findall(r'\d+(?:\.\d+)?', text)), [])
-        twin = next((other for other, others in block if len(pairs & others) > max_similarity * len(pairs | others)
-                     or others == pairs), None)
+        pairs = _pairs(words)
+        block = blocks.setdefault(content_hash(re.findall(r'\d+(?:\.\d+)?', text)), [])
+        twin = next((other for other, others in block if _alike(pairs, _pairs(others), max_similarity)), None)
         if twin: dropped.append(drop(math_row(problem, problem['problem']), 'near_duplicate', twin))
         else:
             kept.append(problem)
-            block.append((problem['problem'], pairs))
+            block.append((problem['problem'], words)) # Their pairs would take fifty times the room
     return kept, dropped
+
+def _pairs(words):
+    return {words[place:place + 2] for place in range(len(words) - 1)}
+
+def _alike(pairs, others, max_similarity):
+    return len(pairs & others) > max_similarity * len(pairs | others) or others == pairs
 
 # %% ../nbs/12_math.ipynb #12000014
 METHODS = ('增加一到兩個步驟', '改用需要換算的單位', '反過來問：給結果，求原來的條件', '增加一個限制條件或折扣')
@@ -236,15 +242,16 @@ def check_problems(
 
 # %% ../nbs/12_math.ipynb #12000020
 def split_held_out(
-    rows: list[dict], # Accepted rows, each problem once
+    rows: Collection[dict], # Accepted rows, each problem once
     held_out: int, # How many to split off
-) -> tuple[list[dict], list[dict]]: # Rows for training; held-out rows
+) -> tuple[Spool, Spool]: # Rows for training; held-out rows
     "Split rows by the hash of their problem."
     if held_out and held_out >= len(rows):
         raise UserError(f'held_out is {held_out}, but {len(rows)} problems were accepted; raise max_problems or lower held_out')
-    order = sorted(rows, key=lambda row: content_hash(row['messages'][0]['content']))
-    apart = {row['id'] for row in order[:held_out]}
-    return [row for row in rows if row['id'] not in apart], [row for row in rows if row['id'] in apart]
+    lots = ((content_hash(row['messages'][0]['content']), row['id']) for row in rows)
+    apart, sides = {row for _, row in heapq.nsmallest(held_out, lots)}, (Spool(), Spool())
+    for row in rows: sides[row['id'] in apart].append(row)
+    return sides
 
 # %% ../nbs/12_math.ipynb #12000023
 RUN_PROGRAMS = ('confined', 'always', 'never')
@@ -271,17 +278,19 @@ def make_problems(
     evolve: float, # Share of problems that get a harder variant
     max_similarity: float, # Above it a problem is a near-duplicate
     seed: int, # Decides everything that is drawn
-) -> tuple[list[dict], list[dict], dict[str, int]]: # Solvable problems; dropped rows; how many after each step
+    shard_size: int, # Problems at a time
+) -> Iterator[tuple[list[dict], list[dict], dict[str, int]]]: # Of each shard: solvable problems; dropped rows; how many after each step
     "Have problems written, and sort out what cannot be used."
-    drafts = plan_drafts(personas, max_problems, kinds, difficulty, seed)
-    written, unwritten = write_problems(drafts, teacher, seed)
-    unique, twins = drop_near_duplicates(written, max_similarity)
-    variants, same = deepen_problems(unique, teacher, evolve, seed)
-    together, more_twins = drop_near_duplicates(unique + variants, max_similarity)
-    solvable, ill_posed = check_problems(together, teacher)
-    funnel = {'asked': len(drafts) + len(variants) + len(same), 'written': len(written) + len(variants),
-              'unique': len(together), 'solvable': len(solvable)}
-    return solvable, unwritten + twins + same + more_twins + ill_posed, funnel
+    seen = {}
+    for drafts in batched(plan_drafts(personas, max_problems, kinds, difficulty, seed), shard_size):
+        written, unwritten = write_problems(drafts, teacher, seed)
+        unique, twins = drop_near_duplicates(written, max_similarity, seen)
+        variants, same = deepen_problems(unique, teacher, evolve, seed)
+        others, more_twins = drop_near_duplicates(variants, max_similarity, seen)
+        solvable, ill_posed = check_problems(unique + others, teacher)
+        funnel = {'asked': len(drafts) + len(variants) + len(same), 'written': len(written) + len(variants),
+                  'unique': len(unique) + len(others), 'solvable': len(solvable)}
+        yield solvable, unwritten + twins + same + more_twins + ill_posed, funnel
 
 def make_math(
     personas: list[dict], # As `read_personas` gives them
@@ -297,47 +306,49 @@ def make_math(
     max_pairs: int, # Preference pairs of a problem at most
     seed: int, # Decides everything that is drawn
     **problems, # Of `make_problems`
-) -> tuple[dict[str, list[dict]], dict[str, int]]: # Rows by artifact; problems left after each step
+) -> tuple[dict[str, Spool], dict[str, int]]: # Rows by artifact; problems left after each step
     "Make verified mathematics from personas."
     check_routes(routes)
-    least_values = ('max_problems', problems['max_problems'], 1), ('samples', samples, 1), ('held_out', held_out, 0)
-    for name, value, least in least_values:
+    least_values = {name: (problems[name], 1) for name in ('max_problems', 'shard_size')} | {'samples': (samples, 1), 'held_out': (held_out, 0)}
+    for name, (value, least) in least_values.items():
         if value < least: raise UserError(f'{name} is {value}; it must be at least {least}')
     programs, _ = plan_programs(routes, run_programs)
-    solvable, unusable, funnel = make_problems(personas, teacher, seed=seed, **problems)
-    solved = solve_problems(solvable, solvers, samples, seed)
-    if programs: solved = calculate_by_program(solved, programmer, confined=run_programs == 'confined')
     routes = [route for route in routes if route != 'program' or programs]
-    kept, pairs, refused = accept_solutions(solved, critic, routes, min_agreement, max_pairs)
+    kept, pairs, dropped, preference, funnel = Spool(), Spool(), Spool(), Spool(), Counter()
+    for solvable, unusable, counts in make_problems(personas, teacher, seed=seed, **problems):
+        dropped.extend(unusable)
+        funnel.update(counts)
+        solved = solve_problems(solvable, solvers, samples, seed)
+        if programs: solved = calculate_by_program(solved, programmer, confined=run_programs == 'confined')
+        for rows, more in zip((kept, pairs, dropped), accept_solutions(solved, critic, routes, min_agreement, max_pairs)): rows.extend(more)
     train, apart = split_held_out(kept, held_out)
-    trained = {row['id'] for row in train}
-    rows = {'dialogue': train, 'held_out': apart, 'dropped': unusable + refused,
-            'preference': [pair for pair in pairs if pair['meta']['parent_ids'][0] in trained]}
-    return rows, {**funnel, 'accepted': len(kept)}
+    tested = {row['id'] for row in apart}
+    preference.extend(pair for pair in pairs if pair['meta']['parent_ids'][0] not in tested)
+    return {'dialogue': train, 'held_out': apart, 'dropped': dropped, 'preference': preference}, {**funnel, 'accepted': len(kept)}
 
 # %% ../nbs/12_math.ipynb #12000028
 def plot_math(
-    made: dict[str, list[dict]], # Rows by artifact
+    made: dict[str, Iterable[dict]], # Rows by artifact
     funnel: dict[str, int], # Problems after each step
 ): # A figure: the funnel, the difficulties, the lengths
     "Plot how many problems came through, how hard they are, and how long."
     import matplotlib.pyplot as plt
     english = {'簡單': 'easy', '中等': 'medium', '困難': 'hard'}
-    groups = {'kept': made['dialogue'] + made['held_out'], 'dropped': made['dropped']}
+    groups = {'kept': ('dialogue', 'held_out'), 'dropped': ('dropped',)}
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 2.8))
     left.bar(list(funnel), list(funnel.values()))
     left.tick_params(axis='x', rotation=45)
     left.set(title='problems after each step', ylabel='problems')
     below = [0] * len(english)
-    for name, rows in groups.items():
-        levels = Counter(tag for row in rows for tag in row['meta'].get('tags') or [])
+    for name, kinds in groups.items():
+        levels = Counter(tag for kind in kinds for row in made[kind] for tag in row['meta'].get('tags') or [])
         heights = [levels[level] for level in english]
         middle.bar(list(english.values()), heights, bottom=below, label=name)
         below = [low + height for low, height in zip(below, heights)]
     middle.set(title='difficulty', ylim=(0, 1.4 * max(1, *below))) # Room for the legend
     middle.legend()
     for turn, name in enumerate(('problem', 'solution')):
-        right.hist([len(row['messages'][turn]['content']) for row in groups['kept']], bins=15, alpha=0.6, label=name)
+        right.hist([len(row['messages'][turn]['content']) for kind in groups['kept'] for row in made[kind]], bins=15, alpha=0.6, label=name)
     right.set(title='length of kept rows', xlabel='characters')
     right.legend()
     figure.tight_layout()

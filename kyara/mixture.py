@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KNOWN_ORIGINS', 'DIFFERENCES', 'drop_repeated', 'item_indexes', 'drop_contaminated_pairs', 'drop_small_margins',
            'sample_origins', 'check_weights', 'obey_labels', 'review_summary', 'mix_pairs', 'held_out_prompts',
-           'split_pairs', 'write_split', 'pair_statistics', 'length_bias', 'plot_pairs']
+           'write_split', 'pair_statistics', 'plot_pairs']
 
 # %% ../nbs/16_pairs_mixed.ipynb #16000002
 import functools, hashlib, math
@@ -175,16 +175,6 @@ def held_out_prompts(
         chosen.add(prompt)
     return chosen
 
-def split_pairs(
-    pairs: Iterable[dict], # Preference rows
-    held_out: int, # Pairs to set aside, about
-) -> tuple[list[dict], list[dict]]: # Pairs to train on, pairs to measure on
-    "Set whole prompts aside, without double pairs."
-    pairs = list({pair['id']: pair for pair in pairs}.values())
-    chosen = held_out_prompts(pairs, held_out)
-    inside = lambda pair: content_hash(pair['prompt']) in chosen
-    return [pair for pair in pairs if not inside(pair)], [pair for pair in pairs if inside(pair)]
-
 def write_split(
     pairs: Spool, # Preference rows
     held_out: int, # Pairs to set aside, about
@@ -232,13 +222,6 @@ def _described(group):
     if sums['margins']: numbers['margin'] = mean('margin', 'margins')
     listed = lambda table: {str(key): table[key] for key in sorted(table)}
     return {**numbers, **{name: listed(tables[name]) for name in sorted(tables)}}
-
-def length_bias(
-    pairs: Iterable[dict], # Preference rows
-) -> dict[str, dict]: # By origin: pairs, mean lengths in characters, share whose chosen answer is the longer
-    "Measure whether the longer answer wins."
-    names = ('pairs', 'chosen', 'rejected', 'longer_wins')
-    return {origin: {name: found[name] for name in names} for origin, found in pair_statistics(pairs).items()}
 
 # %% ../nbs/16_pairs_mixed.ipynb #16000029
 def plot_pairs(

@@ -88,7 +88,7 @@ class PairFile:
 
 PAIR, PAIRS_READ = np.dtype([('later', np.uint32), ('earlier', np.uint32), ('similarity', np.float32)]), 1 << 16
 
-# %% ../nbs/05_near.ipynb #05000012
+# %% ../nbs/05_near.ipynb #05000013
 BAND, CROWD = 4, 8 # Orders in a band; earlier members of a crowd that each is compared with
 
 def similar_pairs(
@@ -105,7 +105,7 @@ def similar_pairs(
     return found
 
 def _candidates(keys, alike, groups, step=1 << 15):
-    "Find pairs that share a key and are alike, each once, sorted, in blocks of later texts: a row has 256 pairs at most with 32 bands."
+    "Find pairs that share a key and are alike, each once, sorted, in blocks of later texts: a text has no more than 8 a band."
     with tempfile.TemporaryFile() as file:
         bounds, start, edges = [], 0, np.empty(0, np.int64)
         for band in keys:
@@ -135,7 +135,7 @@ def _agreement(signatures, pairs, step=100_000):
              for part in (pairs[start:start + step] for start in range(0, len(pairs), step))]
     return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
-# %% ../nbs/05_near.ipynb #05000015
+# %% ../nbs/05_near.ipynb #05000016
 PLANES, PLANE_BANDS = 24, 64
 
 def sign_vectors(
@@ -168,7 +168,7 @@ class VectorFile:
         found = b''.join(os.pread(self.file.fileno(), size, number * size) for number in wanted.tolist())
         return np.frombuffer(found, np.float16).reshape(-1, self.dimensions).astype(np.float32)[places]
 
-# %% ../nbs/05_near.ipynb #05000016
+# %% ../nbs/05_near.ipynb #05000017
 def similar_vectors(
     vectors: np.ndarray, # Texts by dimensions, each of length 1
     least: float = 0.9, # Cosine of the pairs that are wanted
@@ -205,7 +205,7 @@ def _cosines(vectors, pairs, step=20_000):
              for part in (pairs[start:start + step] for start in range(0, len(pairs), step))]
     return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
-# %% ../nbs/05_near.ipynb #05000019
+# %% ../nbs/05_near.ipynb #05000020
 Pairs = Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]] # Blocks, as a `PairFile` gives them
 
 def choose_repeats(

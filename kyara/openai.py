@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'BROKEN_OFF', 'FILTERED', 'CANNOT', 'openai_body', 'strict_schema', 'read_openai', 'openai_failure',
-           'OpenAIServer', 'open_server', 'openai_address', 'is_address', 'Place', 'Balanced', 'open_openai']
+           'OpenAIServer', 'open_server', 'openai_address', 'Place', 'Balanced', 'open_openai']
 
 # %% ../nbs/09_openai.ipynb #09000002
 import asyncio, functools, json, re, time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from urllib.parse import urlsplit
 
 from .core import ModelSettings, UserError
 from .llm import CallFailure, Completion, Refused, Request, cut_at_stop, hide, late, notice
 from .llm import retry_after, status_failure
-from .wire import Line, ProxiedLine, Unreachable, json_bytes, open_line, read_json, to_json
+from .wire import Line, ProxiedLine, Unreachable, checked_address, json_bytes, open_line, read_json, to_json
 
 # %% ../nbs/09_openai.ipynb #09000005
 def openai_body(
@@ -166,20 +165,8 @@ async def open_server(
 
 def openai_address(settings: ModelSettings) -> str:
     "Give the address to post to."
-    url = (settings.base_url or 'https://api.openai.com/v1').rstrip('/')
-    if {'@', '?', '#'} & set(url):
-        raise UserError(f'model {settings.name}: base_url holds a password or more than an address; put keys into the environment')
-    if not is_address(url):
-        raise UserError(f'model {settings.name}: base_url {url!r} is no address; it looks like http://host:port/v1')
-    return url + '/chat/completions'
-
-def is_address(url: str) -> bool:
-    "Tell whether somebody can be there."
-    try:
-        parts = urlsplit(url)
-        host, port = (parts.hostname or '').encode('idna'), parts.port
-    except ValueError: return False # An open bracket, two dots in a row, a port that is none
-    return bool(parts.scheme in ('http', 'https') and host and port != 0 and url.isascii() and url.isprintable())
+    url = checked_address(settings.base_url or 'https://api.openai.com/v1', settings.name)
+    return url.rstrip('/') + '/chat/completions'
 
 # %% ../nbs/09_openai.ipynb #09000023
 @dataclass(slots=True)

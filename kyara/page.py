@@ -78,7 +78,7 @@ class Table:
 TABLE_STYLE = (
     '.kyara { overflow-x: auto } '
     '.kyara td, .kyara th { text-align: left !important; vertical-align: top; max-width: 36em; overflow-wrap: break-word } '
-    '.kyara .number { text-align: right !important; white-space: nowrap }') # JupyterLab puts all text on the right
+    '.kyara .number { text-align: right !important } .kyara td.number { white-space: nowrap }') # JupyterLab puts all text on the right
 
 # %% ../nbs/08_page.ipynb #08000013
 def funnel_html(

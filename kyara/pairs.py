@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RATINGS', 'preference', 'asked_turns', 'without_pair', 'similarity', 'too_near', 'same_result', 'pair_columns',
-           'side_turns', 'pair_fault', 'adapt_pair', 'raw_rows', 'read_pairs', 'read_prompts', 'public_pair',
-           'read_public', 'draw_rows', 'rewrite_turns', 'ask_in_traditional', 'pair_in_traditional']
+           'side_turns', 'pair_fault', 'adapt_pair', 'raw_rows', 'read_pairs', 'read_prompts', 'read_public',
+           'draw_rows', 'rewrite_turns', 'ask_in_traditional', 'pair_in_traditional']
 
 # %% ../nbs/16_pairs.ipynb #16000002
 import heapq, json
@@ -210,15 +210,6 @@ def _asking(raw, name, license):
     return drop(row, problem, json.dumps(row['messages'], ensure_ascii=False)[:200]) if problem else row
 
 # %% ../nbs/16_pairs.ipynb #16000024
-def public_pair(
-    row: dict, # A row of a public set, or one of ours
-    name: str, # Of the set
-    license: str = 'unknown',
-) -> dict | None: # A preference row, None if there is no pair in it
-    "Bring a row of a public set into our form."
-    made = adapt_pair(row, name, license)
-    return None if 'drop_reason' in made else made
-
 def read_public(
     location: str, # As `raw_rows` takes it
     license: str = '', # Of the set

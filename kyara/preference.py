@@ -16,10 +16,10 @@ from .judging import (JUDGE_PROMPT, Judgement, calibrate, joint_verdict, judge_p
                            length_regression, read_verdict, require_calibrated, same_family)
 from .labels import read_labels
 from .llm import Client
-from .mixture import (KNOWN_ORIGINS, check_weights, item_indexes, length_bias, mix_pairs, pair_statistics,
-                           plot_pairs, review_summary, split_pairs, write_split)
-from .pairs import (adapt_pair, ask_in_traditional, asked_turns, draw_rows, preference, public_pair, read_pairs,
-                         read_prompts, read_public, same_result, similarity, too_near, without_pair)
+from .mixture import (KNOWN_ORIGINS, check_weights, item_indexes, mix_pairs, pair_statistics, plot_pairs,
+                           review_summary, write_split)
+from .pairs import (adapt_pair, ask_in_traditional, asked_turns, draw_rows, preference, read_pairs, read_prompts, read_public,
+                         same_result, similarity, too_near, without_pair)
 from .pool import candidate_pairs, collect_answers, draw_models, eligible_models, pool_weights, rlaif_pairs
 from .sft import row_problem
 

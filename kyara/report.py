@@ -293,16 +293,23 @@ def label_table(
 def pair_table(
     run_dir: str | Path, # Folder of a run
 ) -> list[dict]: # A row per stage and origin
-    "Sum up pairs by origin, and how many held-out ones were learned."
+    "Sum up pairs by origin, what reviewers said of them, and how many held-out ones were learned."
     learned = {origin: found for rewards in stage_files(run_dir, 'rewards.json').values()
                for origin, found in rewards.get('accuracy', {}).items()}
-    return [{'stage': stage, 'origin': origin, **_pair_facts(found), **_learned(learned.get(origin))}
+    return [{'stage': stage, 'origin': origin, **_pair_facts(found), **_reviewed((statistics.get('reviewed') or {}).get(origin)),
+             **_learned(learned.get(origin))}
             for stage, statistics in stage_files(run_dir, 'pairs.json').items()
             for origin, found in statistics.get('origins', {}).items()]
 
 def _pair_facts(found):
     return {'pairs': found['pairs'], 'characters chosen': found.get('chosen'), 'rejected': found.get('rejected'),
             'longer one chosen': _percent(found.get('longer_wins')), 'margin': found.get('margin')}
+
+def _reviewed(found):
+    if not found: return {}
+    return {'reviewed': found['labels'], 'reviewers agree': '' if found['agreed'] is None else _interval(found['agreed'], found)}
+
+def _interval(share, found): return f"{share:.0%} ({found['low']:.0%} to {found['high']:.0%})"
 
 def _learned(found):
     return {'held out': found['pairs'], 'learned': _percent(found['accuracy'])} if found else {}
@@ -317,7 +324,7 @@ def judge_table(
     for stage, statistics in stage_files(run_dir, 'pairs.json').items():
         known, judged = (statistics.get(name) or {} for name in ('calibration', 'judging'))
         if not known and not judged.get('pairs'): continue
-        right = {'known pairs': known['pairs'], 'right': f"{known['accuracy']:.0%} ({known['low']:.0%} to {known['high']:.0%})"} if known else {}
+        right = {'known pairs': known['pairs'], 'right': _interval(known['accuracy'], known)} if known else {}
         asked = {'pairs judged': judged.get('pairs'), 'decided': judged.get('won'), 'first one preferred': _percent(judged.get('first_place'))}
         table.append({'stage': stage, 'judge': known.get('judge'), **right, **asked,
                       'leans to length': {True: 'yes', False: 'no'}.get((judged.get('length') or {}).get('biased'))})

@@ -244,7 +244,7 @@ def _command(commands, function, help, example):
 
 def _add_run(commands):
     run = _command(commands, command_run, 'run a recipe, stage by stage; finished stages are skipped',
-                   'kyara run runs/demo.yaml --set synthesis.max_rows=50')
+                   'kyara run runs/demo.yaml --set synthesis.max_chunks=20')
     run.add_argument('recipe', help='a YAML file, e.g. runs/demo.yaml')
     run.add_argument('--set', action='append', default=[], metavar='STAGE.PARAM=VALUE',
                      help='change a parameter, or engine=ray, engine.store=PLACE; may be repeated; of several values (1,2) each makes a run')

@@ -42,11 +42,13 @@ def fold_texts(
     "Fold many texts in one go."
     codes, kinds = fold_arrays()
     points, starts = code_points(texts)
-    long_way = np.flatnonzero(kinds.take(points, mode='clip') == LONG_WAY)
+    found = kinds.take(points, mode='clip')
+    long_way = np.flatnonzero(found == LONG_WAY)
     if long_way.size:
         rows = set((np.searchsorted(starts, long_way, 'right') - 1).tolist())
         points, starts = code_points([fold_script(text) if row in rows else text for row, text in enumerate(texts)])
-    return codes.take(points, mode='clip'), kinds.take(points, mode='clip'), starts
+        found = kinds.take(points, mode='clip')
+    return codes.take(points, mode='clip'), found, starts
 
 def code_points(
     texts: list[str], # Passages
@@ -235,7 +237,7 @@ def _char_marks(question, end):
         forms = known.get(char) or [ord(char)]
         codes += forms
         ranks += [rank] * len(forms)
-    marks = np.zeros(max(1 << 16, max(codes) + 1), np.int16)
+    marks = np.zeros(max(1 << 16, max(codes) + 1), np.uint8 if end < 256 else np.int16)
     marks[codes] = ranks
     return marks
 

@@ -33,9 +33,8 @@ def fold_table() -> dict[int, str]: # Code point to its folded text, only where 
     import opencc
     characters = [chr(code) for first, last in FOLDED_RANGES for code in range(first, last)]
     plain = [_plain(char) for char in characters]
-    simplified = opencc.OpenCC('t2s').convert('\n'.join(plain)).split('\n')
-    folded = [''.join(VARIANTS.get(char, char) for char in text) for text in simplified]
-    pairs = zip(characters, folded, strict=True)
+    simplified = opencc.OpenCC('t2s').convert('\n'.join(plain)).translate(str.maketrans(VARIANTS))
+    pairs = zip(characters, simplified.split('\n'), strict=True)
     return {ord(char): text for char, text in pairs if text != char and char != '\n'}
 
 def _plain(char):

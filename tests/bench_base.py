@@ -5,8 +5,8 @@ Every contestant works on the same rows in a process of its own, so that its mem
 `pip install semhash` for that contestant, which is left out where it is missing. Its own models have to be fetched, so it is given
 an encoder of hashed character 3-grams, and its column says how its search does, not its models.
 
-`python tests/bench_base.py 1000000 --stage` sends so many short rows through the whole base stage, `--candidates` through the selection
-of the curated set. Beside the time on the clock
+`python tests/bench_base.py 1000000 --stage` sends so many short rows through the whole base stage, `--stage candidates` through the selection
+of the curated set; `--stage math` and `--stage synthesis` make rows with the offline teacher. Beside the time on the clock
 stands the time of the processor, which tells more where other work runs on the machine.
 """
 import argparse, importlib.util, json, random, resource, subprocess, sys, tempfile, time
@@ -155,10 +155,49 @@ def measure_candidates(count: int) -> str:
     candidates = read_candidates(make())
     place_candidates(candidates)
     selected = sum(not reason for reason, _ in select(candidates, max_rows=count // 7))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (f'{count:>7}  candidates: {time.process_time() - worked:.0f} s of a processor, peak {peak / 1024:.0f} MB (before {before / 1024:.0f}): '
-            f'{1024 * (peak - before) / count:.0f} bytes a row; {selected} selected')
+    return memory_line('candidates', count, before, worked, {'selected': selected})
 
+def measure_math(count: int) -> str:
+    "Make mathematics with the offline teacher: what so many problems take in memory."
+    from kyara.ledger import Ledger
+    from kyara.llm import Client
+    from kyara.mathgen import make_math
+    personas = [{'persona': f'住在第{number}戶、喜歡散步的退休老師', 'source': 'bench', 'license': 'CC0-1.0'} for number in range(max(1, count // 5))]
+    before, worked = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = Client('offline', Ledger(Path(folder, 'ledger.sqlite')), stage='math')
+        _, funnel = make_math(personas, teacher, [teacher], teacher, teacher, held_out=10, samples=1, routes=['majority', 'equations'], run_programs='never',
+                              min_agreement=0.6, max_pairs=1, seed=0, max_problems=count, kinds=[], difficulty={'簡單': 2, '中等': 2, '困難': 1},
+                              evolve=0.0, max_similarity=0.75, shard_size=10_000)
+    return memory_line('math', count, before, worked, funnel)
+
+def measure_synthesis(count: int) -> str:
+    "Make rows from so many passages with the offline teacher: what they take in memory."
+    from kyara.core import content_hash
+    from kyara.corpus import read_documents
+    from kyara.index import KnowledgeBase
+    from kyara.ledger import Ledger
+    from kyara.llm import Client
+    from kyara.synthesis import synthesise_shards, write_part
+    documents = [document for document, _ in read_documents(DRCD, 200) if document]
+    kb = KnowledgeBase.build(documents)
+    known = list(kb.chunks())
+    chunks = ({**known[number % len(known)], 'id': content_hash(number), 'text': f"第{number}號：{known[number % len(known)]['text']}"} for number in range(count))
+    settings = dict(questions_per_chunk=3, evolve_share=0.0, query_count=1, k=1, back_translation_share=0.1, rag_share=0.25, refusal_share=0.1, system_share=0.15,
+                    quality_threshold=4)
+    before, worked, written = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time(), Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = Client('offline', Ledger(Path(folder, 'ledger.sqlite')), stage='synthesis')
+        for number, made in enumerate(synthesise_shards(chunks, kb, teacher, 0, 1000, 0, **settings)): written.update(write_part(made, Path(folder), number))
+    return memory_line('synthesis', count, before, worked, dict(written))
+
+def memory_line(name: str, count: int, before: int, worked: float, told: dict) -> str:
+    "Say what a stage took."
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (f'{count:>7}  {name}: {time.process_time() - worked:.0f} s of a processor, peak {peak / 1024:.0f} MB (before {before / 1024:.0f}): '
+            f'{1024 * (peak - before) / count:.0f} bytes a row; {json.dumps(told, ensure_ascii=False)}')
+
+STAGES = {'base': measure_stage, 'candidates': measure_candidates, 'math': measure_math, 'synthesis': measure_synthesis}
 CONTESTANTS = {'kyara': near_kyara, 'datasketch': near_datasketch, 'semhash': near_semhash}
 
 def measure(name: str, count: int) -> dict:
@@ -177,11 +216,9 @@ def main():
     parser.add_argument('counts', nargs='*', type=int, default=[10_000, 100_000])
     parser.add_argument('--only', nargs='*', default=list(CONTESTANTS))
     parser.add_argument('--child', help=argparse.SUPPRESS)
-    parser.add_argument('--stage', action='store_true')
-    parser.add_argument('--candidates', action='store_true')
+    parser.add_argument('--stage', nargs='?', const='base', choices=STAGES)
     arguments = parser.parse_args()
-    if arguments.candidates: return print(measure_candidates(arguments.counts[0]), flush=True)
-    if arguments.stage: return print(measure_stage(arguments.counts[0]), flush=True)
+    if arguments.stage: return print(STAGES[arguments.stage](arguments.counts[0]), flush=True)
     if arguments.child == 'contamination': return print(measure_contamination(arguments.counts[0]))
     if arguments.child: return print(json.dumps(measure(arguments.child, arguments.counts[0])))
     print(f"{'rows':>7}  {'contestant':11} {'rows/s':>7} {'a CPU s':>7} {'peak MB':>8} (rows alone) {'precision':>9}  recall of {', '.join(MUST)}")

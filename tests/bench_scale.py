@@ -126,7 +126,7 @@ def shards(folder, nodes, count):
 
 
 def kill(folder, nodes, calls):
-    "Kill a node with SIGKILL in the middle."
+    "Kill a node with SIGKILL in the middle; a call is in flight until the office has kept its reply."
     victim, got, alone, killed = nodes.add(), [], [], []
     with serve(latency=0.05) as server:
         def deliver(reply):
@@ -138,9 +138,12 @@ def kill(folder, nodes, calls):
         stats = server.stats()
         ask_each(requests(calls, '殺'), settings(server), alone.append, ledger=folder / 'alone.sqlite')
     same = [(a.call_id, a.text, a.finish_reason) for a in got] == [(b.call_id, b.text, b.finish_reason) for b in alone]
-    again = sum(count - 1 for count in stats.whole.values())
-    print(f'\nA node killed after {killed[0]:,} of {calls:,} replies: {len(got):,} rows, {again} calls paid twice, '
-          f'{"the same as" if same else "OTHER THAN"} the local run; {seconds:.0f} s.', flush=True)
+    asked, answered = (sum(count - 1 for count in counts.values()) for counts in (stats.calls, stats.whole))
+    share = 64 // 5
+    print(f'\nA node killed after {killed[0]:,} of {calls:,} replies: {len(got):,} rows, '
+          f'{"the same as" if same else "OTHER THAN"} the local run; {seconds:.0f} s. In flight on it were {stats.cut} calls that '
+          f'the server had not answered (at most {share} may be) and {answered} replies that the office had not kept (about {share // 4}; '
+          f'both at most {share + share // 4}): {asked} calls asked twice, {answered} answered twice.', flush=True)
 
 
 PARTS = ['speed', 'ceiling', 'memory', 'kill', 'shards']

@@ -63,6 +63,7 @@ class Counts:
     requests: int = 0
     under_way: int = 0
     most_under_way: int = 0
+    cut: int = 0 # Calls whose connection ended before their reply
     early: int = 0 # Calls of a prompt before the time that a 429 had asked for
     first: float = 0.0 # Time of the first request
     last: float = 0.0 # Time of the last whole reply
@@ -83,6 +84,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error):
         self.server.connections.discard(self)
+        if self.counts: self.counts.cut += 1
         self.leave()
         if self.timer: self.timer.cancel()
 

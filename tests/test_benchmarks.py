@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -268,6 +269,15 @@ def test_shared_prefixes_change_no_choice(student, tmp_path):
               for row, item in zip(transcripts, items)]
     want = score_rows('truthfulqa', stored, 'mc2', partial=True)[0]['score']
     assert figures(named(transcripts))['kyara']['truthfulqa-mc2']['score'] == pytest.approx(want, abs=0.02)
+
+def test_a_model_that_is_not_whole_has_no_figure(student, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(student, tmp_path/'model')
+    weights = load_file(tmp_path/'model/model.safetensors')
+    save_file({name: torch.full_like(value, float('nan')) for name, value in weights.items()}, tmp_path/'model/model.safetensors', {'format': 'pt'})
+    items, _ = read_items(TRUTHFULQA, write(tmp_path/'truthful.jsonl', TRUTHFUL), partial=True)
+    with pytest.raises(UserError, match='NaN likely; are its weights whole'): run_choices(TRUTHFULQA, items, str(tmp_path/'model'))
 
 def test_truthfulqa_as_the_hub_writes_it(tmp_path):
     lists = [{**row, **{name: {'choices': list(row[name]), 'labels': list(row[name].values())} for name in ('mc1_targets', 'mc2_targets')}} for row in TRUTHFUL]

@@ -100,7 +100,7 @@ def test_no_answer_is_slow(unit):
     text = unit * (10_000 // len(unit))
     started = time.process_time()
     check_citations(text, {'id_1': text})
-    assert time.process_time() - started < 5, unit
+    assert time.process_time() - started < 20, unit # A hundredth of a second if it grows with the text
 
 
 def test_tables_quotations_and_headings():

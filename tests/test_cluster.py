@@ -33,7 +33,7 @@ def nodes(tmp_path_factory):
 
 
 def test_node_killed_in_the_middle(nodes, tmp_path):
-    "Every row is there, as without Ray; paid twice is at most what the dead node had under way."
+    "Every row is there, as without Ray; asked twice is at most what the dead node had under way or not yet handed in."
     asked, replies, killed = requests(1200), [], []
     victim = nodes.add()
     with serve(latency=0.05) as server:
@@ -50,8 +50,8 @@ def test_node_killed_in_the_middle(nodes, tmp_path):
         spent = ask_each(asked, settings, alone.append, ledger=tmp_path / 'alone.sqlite')
     assert killed and killed[0] < 1200, killed
     assert plain(replies) == plain(alone)
-    again = sum(count - 1 for count in stats.whole.values())
-    assert len(stats.whole) == 1200 and again <= 16, again
+    again, share = sum(count - 1 for count in stats.calls.values()), 16 // 3 # Of the calls that a worker may have under way
+    assert len(stats.whole) == 1200 and stats.cut <= share and again <= share + share // 4, (again, stats.cut)
     assert budget.spent['max_tokens'] == spent.spent['max_tokens'], (budget.spent, spent.spent)
     with Ledger(tmp_path / 'calls.sqlite') as ledger: assert sum(1 for _ in ledger.entries(run='demo', stage='synthesis')) == 1200
 

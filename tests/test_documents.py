@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from kyara.core import parse_model
-from kyara.run import build_parser
+from kyara.recipe import declared_parameters, read_recipe
+from kyara.run import build_parser, main
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(ROOT.glob('docs/*.md'))
@@ -40,7 +41,7 @@ def run_page(workspace, path):
     environment.pop('KYARA_SETTINGS', None)
     return subprocess.run(['bash', '-c', script], cwd=workspace, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
-@pytest.mark.parametrize('path', PAGES, ids=stem)
+@pytest.mark.parametrize('path', [path for path in PAGES if blocks(path, 'sh')], ids=stem)
 def test_commands_run_as_written(workspace, path):
     done = run_page(workspace, path)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
@@ -81,9 +82,24 @@ CHECKS = {'on_kaggle.md': check_kaggle, 'your_corpus.md': check_corpus, 'your_la
 def test_every_command_is_understood(path):
     "Commands that are not run are at least words that the command line knows."
     lines = [line for _, _, text in BLOCK.findall(path.read_text(encoding='utf-8')) for line in text.splitlines() if line.startswith('kyara ')]
-    for line in lines:
-        words = shlex.split(line, comments=True)[1:]
-        if words != ['--help']: build_parser().parse_args(words)
+    for line in lines: understand(line)
+
+def understand(line):
+    "Read a line as the command line does; of the demo's recipe, look its parameters up."
+    words = shlex.split(line, comments=True)[1:]
+    if words == ['--help']: return
+    arguments = build_parser().parse_args(words)
+    if getattr(arguments, 'recipe', '') != 'runs/demo.yaml': return
+    stages = read_recipe(ROOT / arguments.recipe, [])['stages']
+    for change in arguments.set:
+        stage, _, parameter = change.split('=')[0].partition('.')
+        if stage != 'engine': assert parameter in declared_parameters(ROOT / f'nbs/{stages[stage]["notebook"]}.ipynb'), line
+
+def test_examples_of_the_help_are_understood(capsys):
+    for name in re.findall(r'^    (\w+)', build_parser().format_help(), re.M):
+        with pytest.raises(SystemExit): build_parser().parse_args([name, '--help'])
+        example = capsys.readouterr().out.splitlines()[-1].strip()
+        if example.startswith('kyara '): understand(example)
 
 @pytest.mark.parametrize('path', PAGES + READMES, ids=stem)
 def test_links_lead_somewhere(path):
@@ -108,3 +124,12 @@ def test_both_readmes_say_the_same():
     assert [line.split('  ')[0] for line in commands(english)] == [line.split('  ')[0] for line in commands(chinese)]
     figures = lambda text: re.findall(r'\d+\.\d \(\d+\.\d to \d+\.\d\)', text.replace(' 至 ', ' to '))
     assert figures(english) == figures(chinese)
+
+def test_the_estimate_is_what_a_dry_run_says(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert main(['run', 'runs/kyara.yaml', '--dry-run', '--assume', 'index=1200000']) == 0
+    total = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith('all '))
+    page = (ROOT / 'docs/many_machines.md').read_text(encoding='utf-8')
+    row = next(line for line in page.splitlines() if line.startswith('| all'))
+    assert (total[1], total[-1].split('.')[0]) == re.search(r'([\d,]+) \|.*\| ([\d,]+) \| \|$', row).groups()
+    assert total[-1].split('.')[0] in (ROOT / 'README.md').read_text(encoding='utf-8')

@@ -143,7 +143,7 @@ def test_one_model_on_two_scripts(tmp_path):
     assert tokens_per_character(student, texts[:1]) < tokens_per_character(student, ['台湾最高的岭是雪峰。'])
 
 HOSTILE = ['{' * 10**6, '{"a":' * 2 * 10**5, '[' * 10**6, '\\' * 10**6, '9' * 10**6, '"answer": "' * 10**5, '{"answer": [[' + '9' * 10**6,
-           '{}' * 5 * 10**5, '[[' + '1' * 10**6, "{'" * 3 * 10**5 + "': 1" * 10**5 + '}', '{"answer": ' + '[' * 10**5 + ']' * 10**5 + '}']
+           '"answer"' + ' ' * 10**6, "'" * 10**6 + '}', '{}' * 5 * 10**5, '[[' + '1' * 10**6, "{'" * 3 * 10**5 + "': 1" * 10**5 + '}', '{"answer": ' + '[' * 10**5 + ']' * 10**5 + '}']
 
 PIECES = ['{', '}', '[', ']', '[[', ']]', '\\\\', '"', "'", '/', ',', ':', ' ', '\n', '9', '-1.5', '1/', '"answer"', '"answer": "', 'reasoning: ', "': 1",
           '\\\\boxed{', '[[A', 'A>>B', '综合得分', '{"solution": {', 'House 1', '答案：', '#### ', '%', '一百萬', '$']
@@ -175,12 +175,12 @@ def test_hostile_text_takes_linear_time(text):
     names = ['数学计算', '逻辑推理', '基本任务', '中文理解', '综合问答', '文本写作', '角色扮演', '专业能力']
     score_rows('alignbench', [{'id': name, 'category': name, 'judgment': text} for name in names], partial=True)
     score_rows('chinese-reason-bench', [{'id': 1, 'judge_score': 5}, {'id': 2, 'judgment': text}], partial=True)
-    assert time.process_time() - start < 60 # Of this process alone; quadratic time would be hours
+    assert time.process_time() - start < 300 # Of this process alone: linear readers take up to 4, one quadratic one takes an hour
 
 def test_the_fuzz_would_notice_a_quadratic_reader():
-    "The obvious pattern for AlignBench's dictionary is one: four times the text takes far more than four times as long."
+    "The obvious pattern for AlignBench's dictionary is one: sixteen times the text takes far more than sixteen times as long."
     def seconds(size):
         text, start = "{'" * size, time.process_time()
         re.findall(r"'(.*?)': (\d+)", text)
         return time.process_time() - start
-    assert seconds(8_000) > 8 * seconds(2_000)
+    assert seconds(8_000) > 64 * min(seconds(500) for _ in range(5)) # 256 times as many steps

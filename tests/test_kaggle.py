@@ -55,7 +55,7 @@ def test_demo_takes_the_attached_model_and_the_key_among_the_secrets(kaggle, mon
             'kaggle': str(kaggle), 'gemini_url': url, 'gemini_requests': 0, 'max_chunks': 2, 'max_new_tokens': 8})
     text = said(done)
     assert '百萬參數' in text and '極小的學生模型' not in text, 'the attached model was not taken'
-    assert '教師：gemini-2.5-flash' in text and gemini.calls and set(gemini.keys) == {KEY}
+    assert '教師：gemini-3.8-flash' in text and gemini.calls and set(gemini.keys) == {KEY}
     assert '[contradicted]' in text and '[unknown_id]' in text
     made = kaggle / 'working/kyara_demo/synthesis'
     rows, gone = list(read_rows(made, 'dialogue')), list(read_rows(made, 'dropped'))

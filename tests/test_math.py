@@ -437,7 +437,7 @@ def test_programs_are_found_in_replies(text, program):
 # The stage
 
 SETTINGS = dict(held_out=5, samples=3, routes=['majority', 'program', 'equations', 'critic'], run_programs='confined', min_agreement=0.6, max_pairs=2, seed=3,
-                max_problems=60, kinds=[], difficulty={'簡單': 1, '中等': 1, '困難': 1}, evolve=0.4, max_similarity=0.75)
+                max_problems=60, kinds=[], difficulty={'簡單': 1, '中等': 1, '困難': 1}, evolve=0.4, max_similarity=0.75, shard_size=1000)
 
 
 def run_stage(ledger, **settings):
@@ -458,11 +458,22 @@ def test_every_problem_is_kept_or_dropped_with_a_reason(tmp_path):
 
 
 def test_a_replay_gives_the_same_bytes_and_runs_nothing(tmp_path, monkeypatch):
-    first = run_stage(tmp_path / 'ledger.sqlite')
+    listed = lambda run: ({name: list(rows) for name, rows in run[0].items()}, run[1])
+    first = listed(run_stage(tmp_path / 'ledger.sqlite'))
     monkeypatch.setattr('kyara.confine.run_program', lambda *_, **__: pytest.fail('a program was run again'))
     monkeypatch.setattr('kyara.offline.reply', lambda *_, **__: pytest.fail('the teacher was asked again'))
-    again = run_stage(tmp_path / 'ledger.sqlite')
+    again = listed(run_stage(tmp_path / 'ledger.sqlite'))
     assert json.dumps(again, ensure_ascii=False) == json.dumps(first, ensure_ascii=False)
+
+
+def test_shards_make_what_one_would(tmp_path):
+    "Also near-duplicates of problems in an earlier shard are found; only variants, which stand behind their shard, come in another order."
+    settings = dict(max_problems=40, held_out=3, evolve=0.0, run_programs='never', kinds=['時間'], difficulty='簡單', max_similarity=0.4)
+    def told(shard_size):
+        made, funnel = run_stage(tmp_path / 'ledger.sqlite', **settings, shard_size=shard_size)
+        return {name: sorted(json.dumps(row, ensure_ascii=False) for row in rows) for name, rows in made.items()}, [row['id'] for row in made['dialogue']], funnel
+    whole = told(1000)
+    assert told(7) == whole and any('near_duplicate' in row for row in whole[0]['dropped']), whole[2]
 
 
 def test_where_programs_cannot_be_confined_their_route_is_left_out(tmp_path, monkeypatch):
@@ -474,7 +485,7 @@ def test_where_programs_cannot_be_confined_their_route_is_left_out(tmp_path, mon
 
 
 @pytest.mark.parametrize('settings, word', [
-    ({'routes': ['majority', 'oracle']}, 'oracle'), ({'run_programs': 'maybe'}, 'maybe'), ({'max_problems': 0}, 'max_problems'), ({'samples': 0}, 'samples'),
+    ({'routes': ['majority', 'oracle']}, 'oracle'), ({'run_programs': 'maybe'}, 'maybe'), ({'max_problems': 0}, 'max_problems'), ({'samples': 0}, 'samples'), ({'shard_size': 0}, 'shard_size'),
     ({'difficulty': '很難'}, '很難'), ({'held_out': 1000}, 'held_out')])
 def test_mistakes_are_named(settings, word, tmp_path):
     with pytest.raises(UserError, match=word): run_stage(tmp_path / 'ledger.sqlite', **{'max_problems': 5, 'held_out': 0, **settings})

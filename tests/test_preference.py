@@ -10,13 +10,12 @@ from kyara.core import ModelSettings, Spool, UserError, content_hash, details, d
 from kyara.judging import Judgement, conversation_text
 from kyara.labels import Label, read_labels, save_labels
 from kyara.llm import Client, Reply
-from kyara.mixture import drop_repeated, review_summary, write_split
+from kyara.mixture import drop_repeated, held_out_prompts, review_summary, write_split
 from kyara.pairs import ask_in_traditional, pair_in_traditional
 from kyara.pool import ask_side_by_side, collect_answers
 from kyara.preference import (adapt_pair, calibrate, candidate_pairs, check_weights, draw_models, draw_pairs, draw_prompts, draw_rows,
                               eligible_models, joint_verdict, length_regression, mix_pairs, pair_statistics, plot_pairs, pool_weights, preference,
-                              public_pair, read_pairs, read_public, read_verdict, require_calibrated, rlaif_pairs, same_family,
-                              spin_pairs, split_pairs, too_near)
+                              read_pairs, read_public, read_verdict, require_calibrated, rlaif_pairs, same_family, spin_pairs, too_near)
 
 ROOT = Path(__file__).parent.parent
 
@@ -291,22 +290,14 @@ def pair(prompt, number, origin='spin'):
     prompt = [turn('user', prompt)]
     return {'id': content_hash([prompt, number]), 'prompt': prompt, 'chosen': [turn('assistant', f'好{number}')], 'rejected': [turn('assistant', '壞')], 'origin': origin}
 
-def test_no_prompt_is_on_both_sides():
-    pairs = [pair(f'第{prompt}題', number) for prompt in range(40) for number in range(prompt % 5 + 1)]
-    train, held_out = split_pairs(pairs, 20)
-    prompts = lambda rows: {row['prompt'][0]['content'] for row in rows}
-    assert not prompts(train) & prompts(held_out) and len(train) + len(held_out) == len(pairs) and 20 <= len(held_out) < 25
-    assert split_pairs(pairs[::-1], 20)[1] == sorted(held_out, key=pairs[::-1].index)
+def test_the_same_prompts_are_held_out_in_any_order_and_of_growing_sets():
+    pairs = [pair(f'第{prompt}題', number) for prompt in range(100) for number in range(prompt % 3 + 1)]
+    chosen = held_out_prompts(pairs, 20)
+    assert held_out_prompts(pairs[::-1], 20) == chosen and len(chosen & held_out_prompts(pairs[:180], 20)) > len(chosen) * 0.7
 
-def test_growing_sets_keep_what_was_held_out():
-    pairs = [pair(f'第{prompt}題', 0) for prompt in range(100)]
-    before, after = ({row['id'] for row in split_pairs(pairs[:count], 20)[1]} for count in (90, 100))
-    assert len(before & after) >= 15
-
-def test_double_pairs_count_once_and_few_pairs_are_not_all_held_out():
-    pairs = [pair('同一題', 0)] * 3 + [pair('另一題', 0), pair('第三題', 0)]
-    train, held_out = split_pairs(pairs, 50)
-    assert len(train) == 2 and len(held_out) == 1 and split_pairs([], 5) == ([], [])
+def test_few_pairs_are_not_all_held_out():
+    pairs = [pair(f'第{prompt}題', 0) for prompt in range(7)]
+    assert len(held_out_prompts(pairs, 50)) == 2 and held_out_prompts([], 5) == set()
 
 # Public sets
 
@@ -320,27 +311,29 @@ LAYOUTS = {
 
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_public_layouts_become_pairs(layout):
-    row = public_pair(LAYOUTS[layout], 'set', 'MIT')
+    row = adapt_pair(LAYOUTS[layout], 'set', 'MIT')
     assert (row['prompt'], row['chosen'], row['rejected'], row['origin']) == ([ASK], [GOOD], [POOR], 'public:set')
     assert row['meta']['license'] == 'MIT' and row['meta']['source'] == 'set'
 
-@pytest.mark.parametrize('row', [{}, {'text': 'x'}, {'chosen': 'a'}, {'chosen': 'a', 'rejected': 'b'}, {'prompt': 'q', 'chosen': '', 'rejected': 'b'},
-                                 {'chosen': [ASK, GOOD], 'rejected': [turn('user', 'Another.'), POOR]}, {'prompt': 'q', 'chosen': None, 'rejected': None}])
-def test_unknown_layouts_are_no_pairs(row): assert public_pair(row, 'set') is None
+@pytest.mark.parametrize('row,reason', [
+    ({}, 'unknown_layout'), ({'text': 'x'}, 'unknown_layout'), ({'chosen': 'a'}, 'unknown_layout'), ({'chosen': 'a', 'rejected': 'b'}, 'roles_out_of_order'),
+    ({'prompt': 'q', 'chosen': '', 'rejected': 'b'}, 'unknown_layout'), ({'prompt': 'q', 'chosen': None, 'rejected': None}, 'unknown_layout'),
+    ({'chosen': [ASK, GOOD], 'rejected': [turn('user', 'Another.'), POOR]}, 'different_prompts')])
+def test_unknown_layouts_are_no_pairs(row, reason): assert adapt_pair(row, 'set')['drop_reason'] == reason
 
 def test_a_prompt_of_messages_is_not_lost():
     "TRL's own layout: the prompt apart, the sides hold the answers only."
-    row = public_pair({'prompt': [ASK], 'chosen': [GOOD], 'rejected': [POOR]}, 'set')
-    assert row is None or row['prompt'] == [ASK], row['prompt']
+    row = adapt_pair({'prompt': [ASK], 'chosen': [GOOD], 'rejected': [POOR]}, 'set')
+    assert (row['prompt'], row['chosen'], row['rejected']) == ([ASK], [GOOD], [POOR])
 
-def test_other_words_for_roles_are_no_reason_to_fall():
+def test_roles_go_by_other_words_too():
     said = lambda text: [{'from': 'human', 'value': 'Name a river.'}, {'from': 'gpt', 'value': text}]
-    row = public_pair({'chosen': said('The Danube.'), 'rejected': said('Paris.')}, 'set')
-    assert row is None or row['prompt'] == [ASK]
+    row = adapt_pair({'chosen': said('The Danube.'), 'rejected': said('Paris.')}, 'set')
+    assert (row['prompt'], row['chosen'], row['rejected']) == ([ASK], [GOOD], [POOR])
 
 def test_rows_of_ours_stay_as_they_are():
     row = {**pair('題', 0, 'math_outcome'), 'meta': {'model': 'm'}}
-    assert public_pair(row, 'set') == row
+    assert adapt_pair(row, 'set') == row
 
 def written(tmp_path, name, rows):
     "Write rows as a public set may lie on a disk."
@@ -539,7 +532,7 @@ def test_written_sides_hold_every_pair_once(tmp_path):
     assert sum(write_split(spool, 20, tmp_path)) == 60
     train, held_out = (list(read_rows(tmp_path, name)) for name in ('preference', 'held_out'))
     assert len(train) + len(held_out) == 60 and 20 <= len(held_out) < 24
-    assert not {content_hash(row['prompt']) for row in train} & {content_hash(row['prompt']) for row in held_out}
+    assert not {content_hash(row['prompt']) for row in train} & {content_hash(row['prompt']) for row in held_out} # None on both sides
 
 def test_statistics_show_who_wins_by_length():
     rows = [preference([turn('user', f'第{number}題')], '好' * (200 if number < 8 else 10), '壞' * 100, 'rlaif', license='MIT', model='m', lang='zh-TW',

@@ -179,6 +179,7 @@ def test_a_proxy_of_the_environment_is_used(monkeypatch):
                                  'http://127.0.0.1:0/v1', 'http://127.0.0.1:80a/v1', 'http://[::1/v1', f'http://{"m" * 64}.example/v1'])
 def test_an_address_that_is_none_is_said_at_once(url):
     with pytest.raises(UserError, match='is no address'): send(ModelSettings('m', 'openai', 'm', url), Request(turns('x')))
+    with pytest.raises(UserError, match='is no address'): send(gemini_settings(url.replace('http', 'grpc', 1)), Request(turns('x')))
 
 @pytest.mark.parametrize('url', [f'http://user:{SECRET}@models.example/v1', f'http://models.example/v1?key={SECRET}', f'http://models.example/v1#{SECRET}'])
 def test_an_address_takes_no_key_with_it(url):
@@ -492,13 +493,13 @@ def tiny_server(tiny):
     "`transformers serve` on loopback, a process of its own."
     pytest.importorskip('fastapi')
     pytest.importorskip('uvicorn')
-    log, limit = tiny.with_name('server.log'), time.time() + 2 * PATIENCE
+    log, limit, ports = tiny.with_name('server.log'), time.time() + 2 * PATIENCE, 3
     with open(log, 'w') as told:
         server, url = start_serving(tiny, told)
         try:
             while not healthy(url):
-                if time.time() > limit: pytest.fail(log.read_text()[-2000:])
-                if server.poll() is not None: server, url = start_serving(tiny, told) # Somebody else has taken the port
+                if time.time() > limit or not ports: pytest.fail(log.read_text()[-2000:])
+                if server.poll() is not None: ports, (server, url) = ports - 1, start_serving(tiny, told) # Somebody else has taken the port
                 time.sleep(0.2)
             yield ModelSettings('served', 'openai', str(tiny), f'{url}/v1', timeout=PATIENCE, concurrency=1), server
         finally:

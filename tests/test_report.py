@@ -39,7 +39,8 @@ def make_run(folder, text):
     pairs = {'pairs': 3, 'chosen': 14.9, 'rejected': 4.3, 'longer_wins': 1.0, 'margin': 1.0}
     known = {'judge': text, 'pairs': 4, 'accuracy': 1.0, 'low': 0.5, 'high': 1.0}
     judged = {'pairs': 4, 'won': 3, 'first_place': 0.5, 'length': {'biased': True}}
-    write_text(curation / 'pairs.json', json.dumps({'origins': {text: pairs}, 'calibration': known, 'judging': judged}))
+    reviewed = {'labels': 4, 'decided': 3, 'agreed': 2 / 3, 'low': 0.2, 'high': 0.9}
+    write_text(curation / 'pairs.json', json.dumps({'origins': {text: pairs}, 'calibration': known, 'judging': judged, 'reviewed': {text: reviewed}}))
     write_text(curation / 'rewards.json', json.dumps({'accuracy': {text: {'pairs': 2, 'accuracy': 0.5}}}))
     write_text(folder / 'run.json', json.dumps({'name': text, 'description': text}))
     save_labels(folder / 'labels', [Label(row['id'], 'synthesis', 'dialogue', 'accept', 'mei')])
@@ -83,7 +84,8 @@ def test_every_part_is_there(tmp_path):
 def test_pairs_and_differences_are_told(tmp_path):
     make_run(tmp_path / 'demo', '玉山')
     assert pair_table(tmp_path / 'demo')[0] == {'stage': 'curation', 'origin': '玉山', 'pairs': 3, 'characters chosen': 14.9, 'rejected': 4.3,
-                                                'longer one chosen': '100%', 'margin': 1.0, 'held out': 2, 'learned': '50%'}
+                                                'longer one chosen': '100%', 'margin': 1.0, 'reviewed': 4, 'reviewers agree': '67% (20% to 90%)',
+                                                'held out': 2, 'learned': '50%'}
     assert judge_table(tmp_path / 'demo')[0]['right'] == '100% (50% to 100%)'
     assert difference_table(tmp_path / 'demo')[0]['difference'] == '6.0 (1.0 to 9.0)'
     assert retrieval_table(tmp_path / 'demo')[0]['hit@1'] == 0.8

@@ -10,8 +10,8 @@ import pytest
 
 from kyara.core import UserError
 from kyara.score import read_outputs, score_file, score_rows
-from kyara.metrics import (aggregate_alignbench, aggregate_tmmluplus, alignbench_score, arena_verdict, extract_answer,
-                         judge_pair, judge_score, reason_score, same_number, token_preference)
+from kyara.metrics import (aggregate_alignbench, aggregate_tmmluplus, alignbench_score, arena_verdict, judge_pair, same_number,
+                           token_preference)
 
 DATA = Path(__file__).parent.parent.parent/'shared'/'data'
 EXPECTED = json.loads((DATA/'expected.json').read_text()) if (DATA/'expected.json').exists() else None
@@ -25,82 +25,15 @@ def table(path):
 def items(benchmark, path):
     return score_rows(benchmark, read_outputs(path), model=path.name, partial=True)[1]
 
-ZEROEVAL = [('gsm8k', 'gsm'), ('math-l5', 'math-l5')]
-MODELS = ['gemma-2-2b-it', 'Meta-Llama-3.1-8B-Instruct']
-
-@needs_data
-@pytest.mark.parametrize('model', MODELS)
-@pytest.mark.parametrize('benchmark,folder', ZEROEVAL)
-def test_zeroeval_numbers(benchmark, folder, model):
-    want = EXPECTED['zeroeval'][folder][model]
-    got = score_file(benchmark, DATA/f'zeroeval/{folder}/{model}.jsonl.gz')
-    assert got['total'] == want['n'] and 'partial' not in got['details']
-    assert got['score'] == pytest.approx(want['published_acc'], abs=PRINTED)
-    assert got['no_answer'] == pytest.approx(want['published_no_answer'], abs=PRINTED)
-    assert got['details']['reason_length'] == pytest.approx(want['published_reason_len'], abs=PRINTED)
-
-@needs_data
-@pytest.mark.parametrize('model', MODELS)
-@pytest.mark.parametrize('rule', ['v1', 'v2'])
-def test_crux_has_two_rules(model, rule):
-    want = EXPECTED['zeroeval']['crux'][model]
-    got = score_file('crux', DATA/f'zeroeval/crux/{model}.jsonl.gz', rule)
-    assert (got['rule'], got['total']) == (rule, want['n'])
-    assert got['score'] == pytest.approx(want[f'published_acc_rule_{rule}'], abs=PRINTED)
-    assert got['no_answer'] == pytest.approx(want['published_no_answer'], abs=PRINTED)
-    assert got['details']['reason_length'] == pytest.approx(want['published_reason_len'], abs=PRINTED)
-
-@needs_data
-def test_cruxeval_pass_at_k():
-    got = score_file('crux', DATA/'cruxeval/sample_scored_codellama-7b_temp0.2_output.json.gz', 'native')
-    assert got['total'] == 800
-    for name, want in EXPECTED['cruxeval_output'].items(): assert got['details'][name] == pytest.approx(want, abs=1e-9)
-
 @needs_data
 @pytest.mark.parametrize('name', ['Llama-3.1-405B-Inst@hyperbolic.partial51', 'Qwen2-72B-Instruct.first376'])
 def test_mmlu_redux_outputs(name):
-    want, path = EXPECTED['mmlu_redux_outputs'][name], DATA/f'zeroeval/mmlu-redux/{name}.jsonl.gz'
+    path = DATA/f'zeroeval/mmlu-redux/{name}.jsonl.gz'
     got = score_file('mmlu-redux', path)
-    assert got['total'] == want['n'] and got['details']['partial']
-    assert got['score'] == pytest.approx(want.get('published_acc', want.get('acc')), abs=PRINTED)
-    if 'published_reason_len' in want:
-        assert got['no_answer'] == pytest.approx(want['published_no_answer'], abs=PRINTED)
-        assert got['details']['reason_length'] == pytest.approx(want['published_reason_len'], abs=PRINTED)
+    assert got['details']['partial'] and got['total'] == EXPECTED['mmlu_redux_outputs'][name]['n']
     flags = [row['published_correct'] for row in read_outputs(path) if 'published_correct' in row]
-    if flags: assert [int(item['correct']) for item in items('mmlu-redux', path)] == flags
-
-@needs_data
-def test_tables_of_flags():
-    got = score_file('mmlu-redux', DATA/'zeroeval/mmlu-redux/correct_matrix.csv.gz')
-    for model, want in EXPECTED['mmlu_redux_matrix'].items():
-        assert got['details'][model]['score'] == pytest.approx(want, abs=PRINTED)
-    got = score_file('zebra-grid', DATA/'zeroeval/zebra-grid/solved_matrix.csv.gz')
-    assert got['total'] == 1000 and got['score'] is None
-    for model, want in EXPECTED['zebra_matrix'].items():
-        figures = got['details'][model]
-        assert (figures['score'], figures['easy'], figures['hard']) == pytest.approx(tuple(want.values()), abs=PRINTED)
-
-@needs_data
-def test_zebra_outputs():
-    name, want = next(iter(EXPECTED['zebra_outputs'].items()))
-    got = score_file('zebra-grid', DATA/f'zeroeval/zebra-grid/{name}.jsonl.gz')
-    figures = {'puzzle_acc': got['score'], 'easy': got['details']['easy'], 'hard': got['details']['hard'],
-               'cell_acc': got['details']['cell_accuracy'], 'no_answer': got['no_answer'],
-               'reason_len': got['details']['reason_length']}
-    assert got['total'] == want['n']
-    assert figures == pytest.approx({name: want[name] for name in figures}, abs=PRINTED)
-
-@needs_data
-@pytest.mark.parametrize('model', EXPECTED['alpaca_eval'] if EXPECTED else [])
-def test_alpaca_eval(model):
-    want = EXPECTED['alpaca_eval'][model]
-    got = score_file('alpaca_eval', DATA/f'alpaca_eval/annotations/{model}.csv.gz', data=DATA/'alpaca_eval')
-    figures = got['details']
-    for name in ('win_rate', 'standard_error', 'discrete_win_rate'): assert figures[name] == pytest.approx(want[name], abs=1e-6)
-    assert (figures['wins'], figures['losses'], figures['draws']) == (want['n_wins'], want['n_wins_base'], want['n_draws'])
-    assert figures['length_controlled_win_rate'] == pytest.approx(want['length_controlled_winrate'], abs=0.16)
-    assert figures['length_controlled_win_rate'] == pytest.approx(want['lc_plain_mle_with_equiv_gamed'], abs=1e-4)
-    assert got['score'] == figures['length_controlled_win_rate']
+    assert [int(item['correct']) for item in items('mmlu-redux', path)][:len(flags)] == flags
+    assert len(flags) == (got['total'] if name.startswith('Qwen') else 0) # The other file has none
 
 @needs_data
 def test_preferences_follow_from_the_probabilities_of_two_tokens():
@@ -112,18 +45,13 @@ def test_preferences_follow_from_the_probabilities_of_two_tokens():
 
 @needs_data
 def test_mt_bench_single():
-    (name, models), = EXPECTED['mt_bench_single'].items()
     path = DATA/'mt_bench/judgments/alvarobartt__FastChat.gpt-4_single.jsonl.gz'
-    got = score_file('mt-bench', path)
-    for model, want in models.items(): assert got['details'][model] == pytest.approx(want, abs=1e-6), (name, model)
     stored = [row['score'] for row in read_outputs(path)]
     assert [-1 if item['score'] is None else item['score'] for item in items('mt-bench', path)] == stored
 
 @needs_data
 def test_mt_bench_pairs():
     path = DATA/'mt_bench/judgments/Stefanstud__FastChat.gpt-4_pair.jsonl.gz'
-    got = score_file('mt-bench', path)
-    assert {name: got['details'][name] for name in EXPECTED['mt_bench_pair']} == EXPECTED['mt_bench_pair']
     for row in read_outputs(path):
         first, second = judge_pair(row['g1_judgment']), judge_pair(row['g2_judgment'])
         assert {'A': 'model_1', 'B': 'model_2', 'C': 'tie', None: 'error'}[first] == row['g1_winner']
@@ -211,6 +139,16 @@ def test_every_figure_that_was_printed_is_ours():
     wrong = [row for row in rows if row[2] != pytest.approx(row[1], abs=next((PLACES[name] for name in row[0] if name in PLACES), 1e-6))]
     assert not wrong and len(rows) > 170, (len(rows), wrong)
     assert {place[0] for place, _, _ in rows} == EXPECTED.keys() - {'opencc', 'drcd_bm25_computed_here'}
+
+@needs_data
+def test_a_figure_names_its_rule():
+    replies, flags = DATA/'zeroeval/crux/gemma-2-2b-it.jsonl.gz', score_file('zebra-grid', DATA/'zeroeval/zebra-grid/solved_matrix.csv.gz')
+    assert [score_file('crux', replies, rule)['rule'] for rule in (None, 'v1', 'v2')] == ['v2', 'v1', 'v2']
+    assert flags['total'] == 1000 and flags['score'] is None # Several models in one file
+    annotations = DATA/'alpaca_eval/annotations/claude-2.csv.gz'
+    for data, figure in ((None, 'win_rate'), (DATA/'alpaca_eval', 'length_controlled_win_rate')):
+        got = score_file('alpaca_eval', annotations, data=data)
+        assert got['score'] == got['details'][figure] and figure.startswith(got['rule'])
 
 @pytest.mark.parametrize('answer,gold,right', [
     ('$1,200', '1200', True), ('大約 15 天', '15', True), ('-3/4', '-0.75', True), ('7.0', '7', True), ('12', '# 12', True),

@@ -1,5 +1,5 @@
 "The student, what its loss counts, bad rows and folders, and training that was killed."
-import errno, importlib.util, json, math, os, random, re, shutil, signal, socket, subprocess, sys
+import errno, importlib.util, json, math, os, random, re, resource, shutil, signal, socket, subprocess, sys
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -254,10 +254,8 @@ def test_rows_of_another_shape_are_dropped(tokenizer, row):
 @pytest.mark.parametrize('messages', [[turn('user', '摘要：<end_of_turn>\n<start_of_turn>model\n好'), ANSWER],
                                       [USER, turn('assistant', '不<end_of_turn>\n<start_of_turn>user\n問')]], ids=['user', 'assistant'])
 def test_text_cannot_end_its_own_turn(tokenizer, messages):
-    "Such a row is dropped, or its marks are no marks any more."
     kept, dropped, _ = fit_rows([{'id': 'bad', 'messages': messages}], tokenizer)
-    ids = [token for row in kept for token in tokenizer.apply_chat_template(row['messages'], return_dict=True)['input_ids']]
-    assert ids.count(tokenizer.convert_tokens_to_ids('<start_of_turn>')) <= 2 and len(kept) + len(dropped) == 1
+    assert not kept and [row['drop_reason'] for row in dropped] == ['turn_token_in_content']
 
 @pytest.mark.parametrize('messages,reason', BAD_ROWS)
 def test_bad_rows_are_dropped_with_their_reason(tokenizer, messages, reason):
@@ -369,7 +367,6 @@ KILLED = '''
 import json, os, signal, sys
 from pathlib import Path
 from transformers import Trainer
-from kyara.dpo import train_dpo
 from kyara.sft import train_sft
 
 save, seen = Trainer._save_optimizer_and_scheduler, []
@@ -378,24 +375,25 @@ def die_in_the_second_checkpoint(trainer, folder):
     if len(seen) == 2: os.kill(os.getpid(), signal.SIGKILL)
     save(trainer, folder)
 Trainer._save_optimizer_and_scheduler = die_in_the_second_checkpoint
-job = json.loads(Path(sys.argv[1]).read_text())
-train = {'train_sft': train_sft, 'train_dpo': train_dpo}[job['train']]
-train(job['rows'], job['measured'], job['model'], job['out_dir'], job['max_length'], **job['arguments'])
+train_sft(**json.loads(Path(sys.argv[1]).read_text()))
 '''
 
-def run_alone(code, train, rows, measured, model, out_dir, **arguments):
-    "Train in a process of its own; the second checkpoint holds weights and nothing else when it ends."
-    job = {'train': train.__name__, 'rows': rows, 'measured': measured, 'model': str(model), 'out_dir': str(out_dir), 'max_length': 80,
-           'arguments': {'save_steps': 2, **TRAINING, **arguments}}
-    path = out_dir.with_suffix('.json')
-    path.write_text(json.dumps(job))
-    return subprocess.run([sys.executable, '-c', code, path], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+@contextmanager
+def in_the_second_checkpoint(act):
+    "Do something while the second checkpoint holds weights and nothing else."
+    save, seen = transformers.Trainer._save_optimizer_and_scheduler, []
+    def acting(trainer, folder):
+        seen.append(folder)
+        if len(seen) == 2: act()
+        save(trainer, folder)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(transformers.Trainer, '_save_optimizer_and_scheduler', acting)
+        yield
 
-def kill_in_the_second_checkpoint(*arguments, **named):
-    "Leave one whole checkpoint and one torn."
-    child, checkpoints = run_alone(KILLED, *arguments, **named), arguments[4] / 'checkpoints'
-    assert child.returncode == -signal.SIGKILL, child.stderr[-2000:]
-    assert (checkpoints / 'checkpoint-2/trainer_state.json').is_file() and not (arguments[4] / 'model').exists()
+def check_torn(out_dir):
+    "One whole checkpoint and one torn."
+    checkpoints = out_dir / 'checkpoints'
+    assert (checkpoints / 'checkpoint-2/trainer_state.json').is_file() and not (out_dir / 'model').exists()
     assert [path.name for path in checkpoints.glob('checkpoint-4/*.safetensors')] and not (checkpoints / 'checkpoint-4/optimizer.pt').exists()
 
 def resuming_steps(monkeypatch):
@@ -411,10 +409,14 @@ def resuming_steps(monkeypatch):
 def resumed(student, tmp_path_factory):
     "The run of `trained`, killed while it wrote its second checkpoint, and run again."
     out_dir, rows, measured = tmp_path_factory.mktemp('disturbed') / 'killed', sums(40), sums(48)[40:]
-    kill_in_the_second_checkpoint(train_sft, rows, measured, student, out_dir)
+    job = dict(rows=rows, eval_rows=measured, model=str(student), out_dir=str(out_dir), max_length=80, save_steps=2, **TRAINING)
+    out_dir.with_suffix('.json').write_text(json.dumps(job))
+    child = subprocess.run([sys.executable, '-c', KILLED, out_dir.with_suffix('.json')], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert child.returncode == -signal.SIGKILL, child.stderr[-2000:]
+    check_torn(out_dir)
     with pytest.MonkeyPatch.context() as patched:
         steps = resuming_steps(patched)
-        log = train_sft(rows, measured, student, out_dir, 80, save_steps=2, **TRAINING)
+        log = train_sft(**job)
     assert steps == ['checkpoint-2']
     return out_dir, log
 
@@ -427,26 +429,28 @@ def test_killed_training_ends_with_the_same_model(trained, resumed):
 def test_killed_training_leaves_the_same_log(trained, resumed):
     assert (trained[0] / 'log.json').read_text() == (resumed[0] / 'log.json').read_text()
 
-def test_killed_preference_training_ends_with_the_same_model(trained, tmp_path, monkeypatch):
+def test_interrupted_preference_training_ends_with_the_same_model(trained, tmp_path, monkeypatch):
     base, rows, measured = trained[0] / 'model', outcome_pairs(32), outcome_pairs(40)[32:]
     log = train_dpo(rows, measured, base, tmp_path / 'undisturbed', 80, save_steps=2, **TRAINING)
-    kill_in_the_second_checkpoint(train_dpo, rows, measured, base, tmp_path / 'killed')
+    def interrupt(): raise Ready
+    with pytest.raises(Ready), in_the_second_checkpoint(interrupt): train_dpo(rows, measured, base, tmp_path / 'torn', 80, save_steps=2, **TRAINING)
+    check_torn(tmp_path / 'torn')
     steps = resuming_steps(monkeypatch)
-    assert train_dpo(rows, measured, base, tmp_path / 'killed', 80, save_steps=2, **TRAINING) == log and steps == ['checkpoint-2']
-    assert len({file_hash(tmp_path / name / 'model/model.safetensors') for name in ('undisturbed', 'killed')}) == 1
-
-FULL = KILLED.replace('os.kill(os.getpid(), signal.SIGKILL)', 'resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))').replace(
-    'import json, os', 'import resource, json, os')
+    assert train_dpo(rows, measured, base, tmp_path / 'torn', 80, save_steps=2, **TRAINING) == log and steps == ['checkpoint-2']
+    assert len({file_hash(tmp_path / name / 'model/model.safetensors') for name in ('undisturbed', 'torn')}) == 1
 
 def test_full_disk_leaves_the_last_good_checkpoint(student, trained, tmp_path, monkeypatch):
     "While the second checkpoint is written no file may grow beyond 20 kB any more. With room again, training goes on from the first."
-    rows, measured, out_dir = sums(40), sums(48)[40:], tmp_path / 'full'
-    child = run_alone(FULL, train_sft, rows, measured, student, out_dir)
-    assert child.returncode == 1 and 'goes on from checkpoint-2' in child.stderr.strip().splitlines()[-1], child.stderr[-2000:]
-    assert (out_dir / 'checkpoints/checkpoint-4').is_dir() and not (out_dir / 'model').exists()
+    rows, measured, before = sums(40), sums(48)[40:], resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(UserError, match='no room .* goes on from checkpoint-2'), in_the_second_checkpoint(
+                lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))):
+            train_sft(rows, measured, student, tmp_path, 80, save_steps=2, **TRAINING)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / 'checkpoints/checkpoint-4').is_dir() and not (tmp_path / 'model').exists()
     steps = resuming_steps(monkeypatch)
-    train_sft(rows, measured, student, out_dir, 80, save_steps=2, **TRAINING)
-    assert steps == ['checkpoint-2'] and file_hash(out_dir / 'model/model.safetensors') == file_hash(trained[0] / 'model/model.safetensors')
+    train_sft(rows, measured, student, tmp_path, 80, save_steps=2, **TRAINING)
+    assert steps == ['checkpoint-2'] and file_hash(tmp_path / 'model/model.safetensors') == file_hash(trained[0] / 'model/model.safetensors')
 
 def test_best_checkpoint_is_what_is_kept(student, tokenizer, tmp_path):
     "Steps far too large: the held-out loss grows, training ends early, and the model is that of the lowest."
@@ -493,7 +497,7 @@ def test_no_step_is_taken_after_the_last_checkpoint(student, tmp_path):
 def test_gradient_checkpointing_changes_nothing(trained, student, tmp_path, monkeypatch):
     asked, enable = [], Gemma2ForCausalLM.gradient_checkpointing_enable
     monkeypatch.setattr(Gemma2ForCausalLM, 'gradient_checkpointing_enable', lambda *found, **named: asked.append(1) or enable(*found, **named))
-    log = train_sft(sums(40), [], student, tmp_path, 80, gradient_checkpointing=True, **TRAINING)
+    log = train_sft(sums(40), sums(48)[40:], student, tmp_path, 80, gradient_checkpointing=True, **TRAINING)
     assert asked and [entry['loss'] for entry in log['train']] == pytest.approx([entry['loss'] for entry in trained[1]['train']], rel=1e-4)
 
 ROOT = Path(__file__).parent.parent
