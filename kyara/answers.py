@@ -14,7 +14,7 @@ __all__ = ['SIGNS', 'LATEX', 'LEAD', 'SPECIAL', 'PLAIN', 'SPELLINGS', 'ENGLISH',
            'needs_symbols', 'same_reading', 'same_number', 'unit_size', 'final_answer', 'stated_answer']
 
 # %% ../nbs/12_answers.ipynb #12000002
-import ast, cmath, inspect, json, math, operator, re, subprocess, sys, threading, unicodedata
+import ast, cmath, inspect, json, math, operator, re, subprocess, sys, threading, time, unicodedata
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
@@ -471,7 +471,7 @@ class SymbolicWorker:
     def same(self,
         a: str, # LaTeX without dollar signs
         b: str, # The same
-        seconds: float = 5.0, # Time limit; what takes longer counts as different
+        seconds: float = 5.0, # Of computing; what takes longer counts as different
     ) -> bool: # True if the two are equal
         "Compare two formulas."
         with self.lock:
@@ -481,14 +481,14 @@ class SymbolicWorker:
             return said == '1'
 
     def _exchange(self, line, seconds):
-        limit = threading.Timer(seconds, self.process.kill)
-        limit.start()
+        done = threading.Event()
+        threading.Thread(target=_watch, args=(self.process, seconds, done), daemon=True).start()
         try:
             self.process.stdin.write(line)
             self.process.stdin.flush()
             return self.process.stdout.readline().strip()
         except BrokenPipeError: return ''
-        finally: limit.cancel()
+        finally: done.set()
 
     def _start(self):
         pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'stderr': subprocess.DEVNULL}
@@ -507,6 +507,16 @@ class SymbolicWorker:
             try: pipe.close()
             except BrokenPipeError: pass # What could not be written is lost with it
         self.process = None
+
+def _watch(process, seconds, done, patience=60):
+    "Kill a process that computes too long; where others have the processor, it may wait a minute more."
+    import psutil
+    end = time.monotonic() + seconds + patience
+    try:
+        start = sum(psutil.Process(process.pid).cpu_times()[:2])
+        while not done.wait(0.1) and sum(psutil.Process(process.pid).cpu_times()[:2]) - start < seconds and time.monotonic() < end: pass
+    except psutil.Error: return # It has ended
+    if not done.is_set(): process.kill()
 
 @lru_cache(1)
 def symbolic_worker(

@@ -346,7 +346,7 @@ TRUTHFULQA = Benchmark(
     name='truthfulqa', rule='mc1, chat, zero-shot', license='Apache-2.0 (sylinrl/TruthfulQA)', items=817,
     source='mc_task.json of sylinrl/TruthfulQA, or hf:truthfulqa/truthful_qa?config=multiple_choice&split=validation',
     read=read_truthfulqa, prompt=lambda row: user_turn(row['question']),
-    gold=lambda row: next(choice for choice, label in row['mc1_targets'].items() if label),
+    gold=lambda row: next((choice for choice, label in row['mc1_targets'].items() if label), None),
     choices=lambda row: list(row['mc1_targets']),
     extract=lambda values, row: list(row['mc1_targets'])[int(np.argmax(values))],
     score=lambda answer, gold: float(answer == gold))

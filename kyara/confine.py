@@ -72,7 +72,7 @@ def run_program(
     cpu: int = 2, # Seconds of computing
     memory: int = 2**29, # Bytes of address space
     output: int = 2**16, # Bytes of output
-    wall: float = 10.0, # Seconds until it is killed, whatever it does
+    wall: float = 60.0, # Seconds until it is killed, whatever it does: others may have the processor
     confined: bool = True, # False: limits only, for programs that are trusted
     report: bool = False, # Print the layers that hold, before anything else
 ) -> Outcome: # What came of it

@@ -298,8 +298,10 @@ def serve_conversions(
     answers.write(b'ready\n')
     answers.flush()
     for line in sys.stdin.buffer:
+        kind, argument = json.loads(line)
+        for name in NEEDED[kind]: importlib.import_module(name) # Takes long on a busy machine, and is no fault of the page
         faulthandler.dump_traceback_later(seconds, exit=True)
-        try: answer = convert(*json.loads(line))
+        try: answer = convert(kind, argument)
         except Unconvertible as error: answer = drop({}, error.reason, error.evidence)
         faulthandler.cancel_dump_traceback_later()
         answers.write(json.dumps(answer).encode() + b'\n')

@@ -54,6 +54,7 @@ def read_items(
 def _read_item(benchmark, row, path):
     try:
         name = f"{benchmark.group(row)}/{row['id']}" if benchmark.group else str(row['id'])
+        if benchmark.choices: benchmark.choices(row) # A row without them is refused here
         return {'id': name, 'messages': benchmark.prompt(row), 'gold': benchmark.gold(row), 'row': row}
     except (LookupError, TypeError, AttributeError) as error:
         problem = f'{path} is not in the form of {benchmark.name}: {error} in {str(row)[:60]}'

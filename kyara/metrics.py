@@ -318,7 +318,8 @@ def aggregate_tmmluplus(
     wanted = {subject for subjects in groups.values() for subject in subjects}
     missing = sorted(wanted - accuracy.keys())
     if missing:
-        raise UserError(f'tmmluplus by {rule} needs {len(wanted)} subjects; missing {", ".join(missing)}')
+        raise UserError(f'tmmluplus by {rule} needs {len(wanted)} subjects; {len(missing)} are missing, '
+                        f'the first is {missing[0]}')
     if rule == 'weighted67' and wanted - (counts or {}).keys():
         raise UserError('tmmluplus by weighted67 needs the number of questions of every subject')
     weight = {subject: counts[subject] if rule == 'weighted67' else 1 for subject in wanted}

@@ -610,7 +610,7 @@ def _apply(benchmark, rows, rule, model, data):
     try: return SCORING_RULES[benchmark].score(rows, rule, model, data)
     except UserError: raise
     except KeyError as error: raise UserError(f'{benchmark}: a row lacks the field {error}') from None
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, OverflowError, TypeError, ValueError) as error:
         raise UserError(f'{benchmark}: a row has a field of another form than the rule reads ({error})') from None
 
 # %% ../nbs/07_score.ipynb #07000040

@@ -161,7 +161,7 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--harness', default='', help='folder that holds lm_eval')
     parser.add_argument('--kinds', nargs='+', choices=KINDS, default=KINDS)
-    parser.add_argument('--items', type=int, default=0, help='0: 48 of choices, 192 of generation')
+    parser.add_argument('--items', type=int, default=0, help='0: 48 of choices, 192 of generation (two minutes a round)')
     parser.add_argument('--batch-size', type=int, default=16)
     parser.add_argument('--limit', type=int, default=192, help='tokens of a reply at most')
     parser.add_argument('--rounds', type=int, default=3)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from loopback import serve
-from nodes import at_work, environment, ray_nodes
+from nodes import environment, ray_nodes, whereabouts
 
 from kyara.cluster import RayEngine, Store, ask_in_shards, caller, open_office, over_shards, read_engine, shard_table
 from kyara.core import ModelSettings, content_hash
@@ -33,15 +33,9 @@ def timed(function):
     return time.perf_counter() - before
 
 
-def warm(seconds):
-    "Have a worker import what asking takes."
-    import kyara.providers
-    time.sleep(seconds)
-
-
 def speed(folder, calls):
     "Rows a second alone and with 1, 2 and 4 workers, 64 calls at once each; the same without latency, where only overhead counts."
-    list(RayEngine(4).map(warm, [1.0] * 8))
+    list(RayEngine(4).map(whereabouts, [1.0] * 8))
     print(f'\n| latency | engine | seconds for {calls:,} calls | calls a second |\n|---|---|---|---|')
     for latency in (0.05, 0.0):
         with serve(latency=latency) as server:
@@ -127,23 +121,21 @@ def shards(folder, nodes, count):
 
 def kill(folder, nodes, calls):
     "Kill a node with SIGKILL in the middle; a call is in flight until the office has kept its reply."
-    victim, got, alone, killed = nodes.add(), [], [], []
+    victim, got, alone = nodes.add(), [], []
+    nodes.warm(victim, 5)
     with serve(latency=0.05) as server:
-        def deliver(reply):
-            got.append(reply)
-            if not killed and len(got) >= calls // 3 and len(got) % 100 == 0 and at_work(victim):
-                killed.append(len(got))
-                nodes.kill(victim)
-        seconds = timed(lambda: ask_in_shards(requests(calls, '殺'), settings(server), deliver, engine=RayEngine(5), ledger=folder / 'kill.sqlite', shard_size=500))
+        common = dict(engine=RayEngine(5), ledger=folder / 'kill.sqlite', shard_size=500)
+        with nodes.killing(victim, server, calls // 3) as killed:
+            seconds = timed(lambda: ask_in_shards(requests(calls, '殺'), settings(server), got.append, **common))
         stats = server.stats()
         ask_each(requests(calls, '殺'), settings(server), alone.append, ledger=folder / 'alone.sqlite')
     same = [(a.call_id, a.text, a.finish_reason) for a in got] == [(b.call_id, b.text, b.finish_reason) for b in alone]
     asked, answered = (sum(count - 1 for count in counts.values()) for counts in (stats.calls, stats.whole))
     share = 64 // 5
     print(f'\nA node killed after {killed[0]:,} of {calls:,} replies: {len(got):,} rows, '
-          f'{"the same as" if same else "OTHER THAN"} the local run; {seconds:.0f} s. In flight on it were {stats.cut} calls that '
-          f'the server had not answered (at most {share} may be) and {answered} replies that the office had not kept (about {share // 4}; '
-          f'both at most {share + share // 4}): {asked} calls asked twice, {answered} answered twice.', flush=True)
+          f'{"the same as" if same else "OTHER THAN"} the local run; {seconds:.0f} s. In flight on it, and so asked twice, were {asked} calls '
+          f'(at most {share} under way and {share // 4} beside them may be): {stats.cut} that the server saw end unanswered, and {answered} '
+          'paid twice, as it had answered them, which the node had not yet read or the office not yet kept.', flush=True)
 
 
 PARTS = ['speed', 'ceiling', 'memory', 'kill', 'shards']

@@ -19,7 +19,7 @@ def real_qdrant(folder: Path, key: str) -> Iterator[str]: # Its address
     with open(folder / 'log', 'w') as log: process = subprocess.Popen([shutil.which('qdrant')], cwd=folder, env=environment, stdout=log, stderr=log)
     try:
         client = QdrantClient(url=f'http://127.0.0.1:{ports[0]}', api_key=key, check_compatibility=False)
-        for _ in range(600):
+        for _ in range(3000):
             with contextlib.suppress(ResponseHandlingException):
                 client.get_collections()
                 break

@@ -71,6 +71,7 @@ class Counts:
     busy_at: list = field(default_factory=list) # How many replies were out at each 429
     calls: Counter = field(default_factory=Counter) # Requests by prompt
     whole: Counter = field(default_factory=Counter) # Replies sent whole, by prompt
+    answered: int = 0 # Replies sent whole
     tokens: int = 0 # Of the whole replies and their prompts
 
 
@@ -197,6 +198,7 @@ class Loopback:
         body, tokens = self.reply(data, prompt, text)
         if not connection.send(200, body): return
         self.counts.whole[prompt] += 1
+        self.counts.answered += 1
         self.counts.tokens += tokens
         self.counts.last = time.time()
 
@@ -283,6 +285,7 @@ class Server:
     def __init__(self, port, process):
         self.host, self.process = f'http://127.0.0.1:{port}', process
         self.url = f'{self.host}/v1'
+        self.port = port
 
     def stats(self, brief=False):
         "Give what the server has seen."

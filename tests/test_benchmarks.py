@@ -340,6 +340,9 @@ def test_rows_that_do_not_say_the_right_choice_are_dropped(tmp_path):
     row = {'id': '1', 'question': '？', 'choices': ['甲', '乙']}
     items, dropped = read_items(MMLU_REDUX, write(tmp_path/'items.jsonl', [row, {**row, 'id': '2', 'answer': 1}]), partial=True)
     assert [item['gold'] for item in items] == ['B'] and dropped[0]['drop_reason'] == 'no_gold'
+    nothing_true = {**TRUTHFUL[0], 'mc1_targets': {'會長出西瓜': 0, '會肚子痛': 0}}
+    items, dropped = read_items(TRUTHFULQA, write(tmp_path/'truthful.jsonl', [nothing_true, TRUTHFUL[1]]), partial=True)
+    assert len(items) == 1 and dropped[0]['drop_reason'] == 'no_gold'
 
 def test_answers_of_one_token_and_of_several_share_no_batch(student):
     from kyara.evaluate import _answer_batches
@@ -437,7 +440,7 @@ def test_names_in_tables_are_escaped(tmp_path):
 
 def test_rows_of_another_form_are_named(tmp_path):
     path = write(tmp_path/'items.jsonl', [{'id': '1', 'prompt': '3加4？'}])
-    for name in ('gsm8k', 'zebra-grid', 'mmlu-redux', 'truthfulqa', 'tmmluplus'):
+    for name in ('gsm8k', 'zebra-grid', 'mmlu-redux', 'truthfulqa', 'truthfulqa-mc2', 'tmmluplus'):
         with pytest.raises(UserError, match='form|answer'): read_items(find_benchmark(name), path, partial=True)
 
 # Through the ledger

@@ -177,7 +177,7 @@ def test_help_waits_for_no_heavy_library(place):
         assert not loaded & HEAVY and len(loaded) < 300, (loaded & HEAVY, len(loaded))
 
 HEAVY = {'torch', 'transformers', 'trl', 'datasets', 'numpy', 'pandas', 'pyarrow', 'matplotlib', 'sympy', 'opencc', 'jieba',
-         'aiohttp', 'qdrant_client', 'qdrant_edge', 'papermill', 'nbformat', 'IPython', 'pydantic', 'asyncio'}
+         'yaml', 'aiohttp', 'qdrant_client', 'qdrant_edge', 'papermill', 'nbformat', 'IPython', 'pydantic', 'asyncio'}
 
 def test_bash_completes_commands_and_options(place):
     script = kyara('completion', 'bash', folder=place).stdout

@@ -2,12 +2,13 @@
 import functools
 import json
 import os
+import sys
 import time
 from contextlib import contextmanager
 
 import pytest
 from loopback import ECHO, serve
-from nodes import at_work, ray_nodes
+from nodes import ray_nodes
 
 from kyara.cluster import (Failed, LocalEngine, Office, RayEngine, RemoteLedger, Store, ask_in_shards, caller, cluster_of,
                            open_office, over_shards, read_engine, shard_table)
@@ -34,17 +35,13 @@ def nodes(tmp_path_factory):
 
 def test_node_killed_in_the_middle(nodes, tmp_path):
     "Every row is there, as without Ray; asked twice is at most what the dead node had under way or not yet handed in."
-    asked, replies, killed = requests(1200), [], []
-    victim = nodes.add()
+    asked, replies, victim = requests(1200), [], nodes.add()
+    nodes.warm(victim, 3)
     with serve(latency=0.05) as server:
         settings = loopback(server)
-        def deliver(reply):
-            replies.append(reply)
-            if not killed and len(replies) > 150 and len(replies) % 10 == 0 and at_work(victim):
-                killed.append(server.stats(brief=True).requests)
-                nodes.kill(victim)
-        budget = ask_in_shards(asked, settings, deliver, engine=RayEngine(3), ledger=tmp_path / 'calls.sqlite', stage='synthesis',
-                               run='demo', shard_size=100)
+        with nodes.killing(victim, server, 150) as killed:
+            budget = ask_in_shards(asked, settings, replies.append, engine=RayEngine(3), ledger=tmp_path / 'calls.sqlite',
+                                   stage='synthesis', run='demo', shard_size=100)
         stats = server.stats()
         alone = []
         spent = ask_each(asked, settings, alone.append, ledger=tmp_path / 'alone.sqlite')
@@ -97,7 +94,7 @@ def test_office_that_dies_comes_back(nodes, tmp_path):
     with RemoteLedger(call, place, 'a', '1', beat=0.2) as ledger:
         assert ledger.claim('a' * 64)
         ray.kill(office, no_restart=False)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         call('begin', place, 'b', '1')
         while call('look_up', place, 'b', '1', ['a' * 64])[1]:
             call('give', place, 'b', '1', ['a' * 64])
@@ -149,7 +146,6 @@ def test_other_version_is_refused(tmp_path):
     "A worker whose Python finds another version of this package does no shard."
     import shutil
     import subprocess
-    import sys
     from pathlib import Path
 
     import kyara
@@ -158,7 +154,7 @@ def test_other_version_is_refused(tmp_path):
     source = (tmp_path / 'kyara/__init__.py').read_text()
     (tmp_path / 'kyara/__init__.py').write_text(source.replace(kyara.__version__, '0.0.9'))
     script = f'from kyara.cluster import run_shard; print(run_shard(len, [1], {package_versions()!r}))'
-    done = subprocess.run([sys.executable, '-c', script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, '-c', script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert 'has kyara 0.0.9 (' in done.stdout and f'this is {kyara.__version__} (' in done.stdout, done.stdout + done.stderr
 
 
@@ -181,7 +177,7 @@ def bucket():
     process = subprocess.Popen([*command, '-H', '127.0.0.1', '-p', str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         url = f'http://127.0.0.1:{port}'
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while True:
             try:
                 urllib.request.build_opener(urllib.request.ProxyHandler({})).open(urllib.request.Request(f'{url}/kyara', method='PUT'), timeout=10).close()
@@ -267,7 +263,6 @@ def test_run_killed_in_the_middle_goes_on_from_its_shards(tmp_path):
     "After SIGKILL at most one shard is made again, also by another process with the same store."
     import signal
     import subprocess
-    import sys
     book = tmp_path / 'book'
     (tmp_path / 'slowly.py').write_text(SLOW.format(book=str(book)))
     script = f'''
@@ -277,12 +272,12 @@ with cluster_of(read_engine({{'store': {str(tmp_path / 'store')!r}}})): print(''
 '''
     command = [sys.executable, '-c', script]
     process = subprocess.Popen(command, cwd=tmp_path)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not book.exists() or len(book.read_text()) < 4: assert time.monotonic() < deadline and process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = len(book.read_text())
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == 'AABBCCDDEEFFGGHH', done.stderr
     assert before < 8 and 8 <= len(book.read_text()) <= 9, book.read_text()
 
@@ -290,7 +285,6 @@ with cluster_of(read_engine({{'store': {str(tmp_path / 'store')!r}}})): print(''
 def test_storage_that_fills_up(tmp_path):
     "One line that names the place; what was finished stays, and no half of a file."
     import subprocess
-    import sys
     (tmp_path / 'large.py').write_text("""
 from kyara.core import content_hash
 def large(sizes): return [[content_hash([size, n], 64) for n in range(size)] for size in sizes]
@@ -305,7 +299,7 @@ try:
     with cluster_of(read_engine({{'store': 'store'}})): list(over_shards(large.large, [10, 2000, 20], size=1))
 except UserError as error: print(error)
 '''
-    done = subprocess.run([sys.executable, '-c', script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, '-c', script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert 'cannot be written' in done.stdout and 'make room' in done.stdout, done.stdout + done.stderr[-2000:]
     assert len([path for path in (tmp_path / 'store').rglob('*') if path.is_file()]) == 1
 
@@ -364,19 +358,29 @@ def test_nobody_at_the_address(tmp_path):
     "A cluster that is not there is told in one line, at once."
     import socket
     import subprocess
-    import sys
     pytest.importorskip('ray', reason='pip install "kyara[ray]"')
     from pathlib import Path
-    with socket.socket() as place:
-        place.bind(('127.0.0.1', 0))
-        address = f'127.0.0.1:{place.getsockname()[1]}'
-    command = Path(sys.executable).with_name('kyara')
     root = Path(__file__).parent.parent
     recipe = tmp_path / 'tiny.yaml'
     recipe.write_text("stages: {index: {notebook: 10_index, sources: ['sample:corpus'], max_documents: 3}}\n")
-    script = f"from kyara.run import run_recipe; run_recipe({str(recipe)!r}, ['engine=ray', 'engine.address={address}'], nbs={str(root / 'nbs')!r})"
-    done = subprocess.run([sys.executable, '-c', script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    with socket.socket() as place: # Bound, so that nobody else gets it, and nobody listens
+        place.bind(('127.0.0.1', 0))
+        address = f'127.0.0.1:{place.getsockname()[1]}'
+        script = f"from kyara.run import run_recipe; run_recipe({str(recipe)!r}, ['engine=ray', 'engine.address={address}'], nbs={str(root / 'nbs')!r})"
+        done = subprocess.run([sys.executable, '-c', script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert f'no Ray cluster answers at {address}' in done.stderr, done.stderr[-2000:]
+
+
+def test_cluster_that_starts_too_slowly(tmp_path, monkeypatch):
+    "Ray's own words, which it raises as a bare `Exception`, become one line with what to do."
+    import inspect
+    ray = pytest.importorskip('ray', reason='pip install "kyara[ray]"')
+    said = 'The current node timed out during startup. This '
+    assert said in inspect.getsource(sys.modules['ray._private.node'])
+    def init(*_, **__): raise Exception(f'{said}could happen because some of the raylet failed to startup')
+    monkeypatch.setattr(ray, 'init', init)
+    with pytest.raises(UserError, match='did not start on this machine in time.*less busy.*ray start --head'):
+        with cluster_of(read_engine('ray')): raise AssertionError('it goes on without a cluster')
 
 
 # A recipe
@@ -408,7 +412,6 @@ def without_lessons(nbs, target):
 def run_in(folder, recipe, *sets):
     "Run a recipe in a process of its own, with its own ledger."
     import subprocess
-    import sys
     from pathlib import Path
 
     from nodes import light_start
@@ -416,7 +419,7 @@ def run_in(folder, recipe, *sets):
     folder.mkdir(exist_ok=True)
     environment = {**os.environ, **light_start(folder)}
     done = subprocess.run([sys.executable, '-c', RUN, str(recipe), str(nbs), str(folder), *sets], capture_output=True, text=True,
-                          timeout=600, env=environment)
+                          timeout=1800, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout, {path.parent.name: json.loads(path.read_text()) for path in (folder / 'tiny').glob('*/manifest.json')}
 

@@ -265,7 +265,7 @@ def test_a_missing_reader_is_named(tmp_path, monkeypatch):
 
 def test_a_page_that_would_take_hours_is_dropped():
     page = '[[' * 40 + '<b><i>' * 60_000
-    got = list(convert_records([Pending({'title': '大'}, 'wikitext', [page, []]), Pending({'title': '小'}, 'wikitext', ['字', []])], seconds=4, processes=1))
+    got = list(convert_records([Pending({'title': '大'}, 'wikitext', [page, []]), Pending({'title': '小'}, 'wikitext', ['字', []])], seconds=6, processes=1))
     assert [record.get('drop_reason') for record in got] in (['too_slow', None], ['unreadable_file', None]), got
 
 # Wiki dumps
@@ -473,13 +473,20 @@ def test_quotations_end_with_their_quotation_marks():
     rows = chunk_document({'text': '他說：「今天會下雨。帶傘吧！」然後出門了。' * 30}, 45)
     assert all(row['text'].startswith('他說') and row['text'].endswith('出門了。') for row in rows)
 
+@pytest.fixture(scope='module')
+def plain_seconds():
+    "What this machine takes to cut two megabytes of plain sentences."
+    started = time.process_time()
+    list(chunk_documents([{'text': '玉山是臺灣最高的山，主峰的海拔很高。' * 40_000}], []))
+    return time.process_time() - started
+
 @pytest.mark.parametrize('text', ['玉山是臺灣最高的山，' * 350_000, '玉' * 3_500_000, 'a' * 10_000_000, '「' * 3_500_000, '。' * 3_500_000,
                                   '玉山是山。' * 700_000, '# 標題\n字\n' * 300_000, '```\n' * 1_000_000, ' ' * 9_999_999 + '山', '.)' * 2_000_000],
                          ids=range(10))
-def test_ten_megabytes_take_seconds(text):
+def test_ten_megabytes_of_anything_take_no_quadratic_time(text, plain_seconds):
     started = time.process_time()
     rows = list(chunk_documents([{'text': text}], []))
-    assert time.process_time() - started < 25, time.process_time() - started
+    assert time.process_time() - started < 100 * plain_seconds, 'many times what plain text of a fifth of its size takes'
     assert rows == [] or max(text_size(row['text']) for row in rows[:50]) <= 400
 
 def test_ids_are_the_same_in_another_process():

@@ -1,5 +1,5 @@
 "What the index notebook cannot say about itself: odd questions, other processes, servers, real text."
-import contextlib, json, multiprocessing, os, shutil, signal, threading
+import contextlib, json, multiprocessing, os, shutil, signal, threading, warnings
 
 import pytest
 from fake_qdrant import FakeQdrant, real_qdrant
@@ -17,6 +17,8 @@ from kyara.index import KnowledgeBase, build_index, gold_ranks, retrieval_qualit
 @pytest.fixture(scope='module')
 def drcd():
     return split(read_documents(DRCD))[0]
+
+WAIT = 900 # Seconds for another process, however slow the machine
 
 # Search
 
@@ -87,6 +89,8 @@ def test_parts_that_other_processes_index_score_as_if_written_here(tmp_path, mon
 
 def test_a_part_whose_process_is_killed_is_done_again(tmp_path, monkeypatch):
     monkeypatch.setattr(kyara.index, 'PART', 100)
+    monkeypatch.setattr(kyara.collection, 'SEGMENT', 100)
+    monkeypatch.setattr(kyara.collection, 'usable_processors', lambda: 2)
     def stream():
         for number, document in enumerate(many(750)):
             if number == 650: os.kill(started[0].process.pid, signal.SIGKILL)
@@ -97,7 +101,12 @@ def test_a_part_whose_process_is_killed_is_done_again(tmp_path, monkeypatch):
     assert failure.tb and not (tmp_path / 'parts').exists(), 'the store is still open here, and half a part is gone'
     assert all(indexer.process.poll() is not None for indexer in started), 'no process is left'
     with pytest.raises(UserError, match='interrupted'): KnowledgeBase.open(tmp_path)
+    store, written = kyara.collection.open_store(tmp_path), []
+    kept = len(list(store.rows()))
+    for name in ('put', 'put_part'):
+        monkeypatch.setattr(store, name, lambda rows, *more, put=getattr(store, name): written.extend(rows) or put(rows, *more))
     with KnowledgeBase.build(many(750), tmp_path) as kb: assert len(list(kb.chunks())) == 750
+    assert kept in (400, 500) and len(written) == 750 - kept, 'what was finished is not done again'
 
 def test_other_settings_or_another_version_are_refused(tmp_path):
     KnowledgeBase.build(DOCUMENTS, tmp_path).close()
@@ -114,6 +123,12 @@ def test_mistakes_are_one_line(make):
     with pytest.raises(UserError) as error: make()
     assert '\n' not in str(error.value)
 
+@pytest.mark.parametrize(('largest', 'told'), [(2, ['a Qdrant server (qdrant:NAME) serves 3 chunks better']), (3, [])])
+def test_a_corpus_too_large_for_a_folder_is_told_of_the_server_once(monkeypatch, largest, told):
+    monkeypatch.setattr(kyara.index, 'LARGEST', largest)
+    with warnings.catch_warnings(record=True) as caught: KnowledgeBase.build(DOCUMENTS).close()
+    assert [str(warning.message) for warning in caught if 'server' in str(warning.message)] == told
+
 def _open_elsewhere(folder, answer):
     try: answer.put(len(KnowledgeBase.open(folder)))
     except UserError as error: answer.put(str(error))
@@ -126,7 +141,7 @@ def test_a_folder_open_in_another_process_is_refused(tmp_path):
     for expected in ('is open in another process', 3):
         process = context.Process(target=_open_elsewhere, args=(tmp_path, answer))
         process.start()
-        got = answer.get(timeout=240)
+        got = answer.get(timeout=WAIT)
         process.join()
         assert got == expected or expected in str(got), got
         kb.close()
@@ -262,7 +277,7 @@ def test_the_stage_keeps_what_is_indexed_and_starts_anew_with_other_settings(tmp
         answer = multiprocessing.get_context('spawn').Queue()
         process = multiprocessing.get_context('spawn').Process(target=_stage_elsewhere, args=(source, out, answer))
         process.start()
-        assert 'open in another process' in answer.get(timeout=240)
+        assert 'open in another process' in answer.get(timeout=WAIT)
         process.join()
         assert len(list(kb.chunks())) == 6, 'nothing was removed'
         raise SystemExit

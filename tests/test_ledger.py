@@ -22,7 +22,7 @@ def child(code, *arguments, **more):
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **more)
 
 def finish(process):
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, process.returncode
     return out
 
@@ -138,7 +138,7 @@ def small_disk(tmp_path):
 def test_full_disk_is_one_line_and_what_was_kept_stays(small_disk):
     folder, limit = small_disk
     process = child(FILL, folder / 'ledger.sqlite', stderr=subprocess.PIPE, preexec_fn=limit)
-    out, error = process.communicate(timeout=60)
+    out, error = process.communicate(timeout=300)
     kept = [int(line) for line in out.split()]
     assert process.returncode == 0 and len(kept) > 20, (process.returncode, error)
     assert error.count('\n') == 1 and 'cannot be written' in error and 'make room' in error, error

@@ -16,7 +16,7 @@ STAGES = ['index', 'math', 'synthesis', 'base', 'sft_base', 'curation', 'sft_ref
 
 def kyara(*arguments, **environment):
     command = Path(sys.executable).with_name('kyara')
-    return subprocess.run([command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=900,
+    return subprocess.run([command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=3600,
                           env={**os.environ, **environment})
 
 @pytest.fixture(scope='module')

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from fake_gemini import ECHO, KEY, Fake, error, serve_grpc, serve_rest
+from test_wire import absent
 
 from kyara import gemini
 from kyara.core import ModelSettings, UserError, read_settings, model_settings
@@ -140,13 +141,6 @@ def test_stop_texts_that_a_server_leaves_in_are_cut():
     with serve(lambda *_: (200, good('三千\n\n問：'))) as url: reply, = send(openai_settings(url), Request(turns('x'), stop=('\n\n',)))
     assert reply.text == '三千'
 
-@contextmanager
-def absent():
-    "Give an address that is taken, where nobody listens."
-    with socket.socket() as taken:
-        taken.bind(('127.0.0.1', 0))
-        yield f'127.0.0.1:{taken.getsockname()[1]}'
-
 def test_silence_a_dropped_body_and_nobody_there_are_told_apart():
     over = threading.Event()
     def answer(handler, body):
@@ -161,7 +155,7 @@ def test_silence_a_dropped_body_and_nobody_there_are_told_apart():
         silent, = send(openai_settings(url, timeout=0.5), Request(turns('silence')))
         over.set()
         dropped, = send(openai_settings(url), Request(turns('dropped')))
-    with absent() as address: nobody, = send(openai_settings(f'http://{address}'), Request(turns('x')))
+    with absent() as url: nobody, = send(openai_settings(url.removesuffix('/v1')), Request(turns('x')))
     assert silent.reason == 'no reply in 0.5 seconds' and dropped.reason.startswith('connection lost'), (silent, dropped)
     assert nobody.reason.startswith('unreachable'), nobody
 
@@ -228,7 +222,7 @@ def test_gemini_refusals(start, monkeypatch):
             failure, = send(settings, Request(turns('x')))
             assert isinstance(failure, Refused) and said in str(failure) and KEY not in str(failure), failure
     assert 'a-key-of-somebody-else' not in fake.keys # the library would take it from the environment
-    with absent() as address: failure, = send(gemini_settings(f"{'grpc' if start is serve_grpc else 'http'}://{address}"), Request(turns('x')))
+    with absent() as url: failure, = send(gemini_settings(url.removesuffix('/v1').replace('http', 'grpc' if start is serve_grpc else 'http')), Request(turns('x')))
     assert failure.reason.startswith('unreachable'), failure
 
 @pytest.mark.parametrize('start', [serve_rest, serve_grpc], ids=['rest', 'grpc'])

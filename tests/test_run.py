@@ -70,10 +70,12 @@ def copy(finished, tmp_path):
     shutil.copytree(finished.parent.parent, tmp_path / 'a')
     return tmp_path / 'a/runs/tea.yaml'
 
+# Tests that a shell runs in the background ignore Ctrl-C, and so would what they start
+PROGRAM = 'import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from kyara.run import main; sys.exit(main())'
+
 def start(*words):
     "Start the command line in a process of its own."
-    return subprocess.Popen([sys.executable, '-c', 'import sys; from kyara.run import main; sys.exit(main())', *map(str, words)],
-                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, '-c', PROGRAM, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 def started_stages(capsys):
     "Name the stages that the last call ran."

@@ -71,7 +71,7 @@ WAYS_OUT = [ # name, program, statuses that may come of it
 @pytest.mark.parametrize('name, program, statuses', WAYS_OUT, ids=[name for name, *_ in WAYS_OUT])
 def test_no_way_out(name, program, statuses, tmp_path, monkeypatch):
     monkeypatch.setenv('KYARA_TEST_SECRET', 'a key')
-    outcome = run_program(program, cpu=1, wall=3 if 'sleep' in program else 30)
+    outcome = run_program(program, cpu=1 if 'time' in statuses else 10, wall=3 if 'sleep(1000)' in program else 60)
     assert outcome.status in statuses.split(), outcome
     assert outcome.answer == '' and 'a key' not in outcome.output + outcome.error and 'root:' not in outcome.output, outcome
     assert outcome.error or outcome.status == 'silent', 'a failure says what happened'
@@ -123,11 +123,11 @@ def test_the_same_program_prints_the_same():
 @confined
 def test_outcomes_are_kept_and_replayed(tmp_path, monkeypatch):
     programs = ['print(3 * 8)', 'import os\nos.fork()', 'print(3 * 8)']
-    with Ledger(tmp_path / 'ledger.sqlite') as ledger: first = run_programs(programs, ledger, cpu=1)
+    with Ledger(tmp_path / 'ledger.sqlite') as ledger: first = run_programs(programs, ledger, cpu=10)
     assert [outcome.status for outcome in first] == ['ok', 'forbidden', 'ok']
     monkeypatch.setattr(confine, 'run_program', lambda *_, **__: pytest.fail('a known program was run again'))
     with Ledger(tmp_path / 'ledger.sqlite') as ledger:
-        assert run_programs(programs, ledger, cpu=1) == first
+        assert run_programs(programs, ledger, cpu=10) == first
         assert not ledger.verify() and len(list(ledger.entries())) == 2
 
 
@@ -148,7 +148,7 @@ def test_other_platforms_cannot_confine(monkeypatch):
 @pytest.mark.parametrize('machine', ['riscv64', ''])
 def test_an_unknown_machine_fails_closed(machine):
     source = cage_with(f'platform.machine = lambda: {machine!r}')
-    done = subprocess.run([sys.executable, '-c', source, json.dumps({'cpu': 1, 'memory': 2**29, 'output': 99, 'confined': True})],
+    done = subprocess.run([sys.executable, '-c', source, json.dumps({'cpu': 10, 'memory': 2**29, 'output': 99, 'confined': True})],
                           input='print(7)', text=True, capture_output=True)
     assert done.returncode == cage.NOT_CONFINED and not done.stdout, done
 
@@ -156,7 +156,7 @@ def test_an_unknown_machine_fails_closed(machine):
 @confined
 def test_a_kernel_without_seccomp_fails_closed():
     source = cage_with('def install_filter(machine): raise OSError("no filter")')
-    done = subprocess.run([sys.executable, '-c', source, json.dumps({'cpu': 1, 'memory': 2**29, 'output': 99, 'confined': True})],
+    done = subprocess.run([sys.executable, '-c', source, json.dumps({'cpu': 10, 'memory': 2**29, 'output': 99, 'confined': True})],
                           input='print(7)', text=True, capture_output=True)
     assert done.returncode == cage.NOT_CONFINED and not done.stdout, done
 
@@ -172,7 +172,7 @@ def cage_with(line):
 def test_the_filter_alone_holds(line):
     source = cage_with(line + '\ndef install_landlock(): return 0')
     for program in ['open("/etc/passwd")', 'import os\nos.listdir("/")', 'import os\nos.fork()', 'open("x", "w")']:
-        done = subprocess.run([sys.executable, '-c', source, json.dumps({'cpu': 1, 'memory': 2**29, 'output': 9999, 'confined': True})],
+        done = subprocess.run([sys.executable, '-c', source, json.dumps({'cpu': 10, 'memory': 2**29, 'output': 9999, 'confined': True})],
                               input=program, text=True, capture_output=True)
         assert 'PermissionError' in done.stderr or done.returncode == -31, done
 
