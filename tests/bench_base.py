@@ -179,10 +179,12 @@ def measure_synthesis(count: int) -> str:
     from kyara.ledger import Ledger
     from kyara.llm import Client
     from kyara.synthesis import synthesise_shards, write_part
+    from kyara.zh import split_sentences
     documents = [document for document, _ in read_documents(DRCD, 200) if document]
     kb = KnowledgeBase.build(documents)
-    known = list(kb.chunks())
-    chunks = ({**known[number % len(known)], 'id': content_hash(number), 'text': f"第{number}號：{known[number % len(known)]['text']}"} for number in range(count))
+    known, drawn = list(kb.chunks()), random.Random(0)
+    sentences = [chunk['text'][start:end] for chunk in known for start, end in split_sentences(chunk['text']) if end - start > 8]
+    chunks = ({**known[0], 'id': content_hash(number), 'text': ''.join(drawn.sample(sentences, 5))} for number in range(count))
     settings = dict(questions_per_chunk=3, evolve_share=0.0, query_count=1, k=1, back_translation_share=0.1, rag_share=0.25, refusal_share=0.1, system_share=0.15,
                     quality_threshold=4)
     before, worked, written = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time(), Counter()

@@ -135,7 +135,7 @@ def kill(folder, nodes, calls):
     print(f'\nA node killed after {killed[0]:,} of {calls:,} replies: {len(got):,} rows, '
           f'{"the same as" if same else "OTHER THAN"} the local run; {seconds:.0f} s. In flight on it, and so asked twice, were {asked} calls '
           f'(at most {share} under way and {share // 4} beside them may be): {stats.cut} that the server saw end unanswered, and {answered} '
-          'paid twice, as it had answered them, which the node had not yet read or the office not yet kept.', flush=True)
+          'answered, so paid twice: to a node that was dead by then, or before the office had kept the reply.', flush=True)
 
 
 PARTS = ['speed', 'ceiling', 'memory', 'kill', 'shards']

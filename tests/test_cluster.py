@@ -114,6 +114,15 @@ def test_shard_that_always_fails(nodes, tmp_path):
         assert [type(one) for one in got] == [list, Failed, list] and '總是失敗' in got[1].reason, got
 
 
+def test_no_more_is_drawn_than_workers_bear(nodes):
+    "However long the list is, two shards a worker wait, or as many as may be at work at once."
+    for most, window in ((0, 4), (1, 1)):
+        drawn = []
+        shards = ([str(number)] for number in range(24) if not drawn.append(number))
+        for done, result in enumerate(RayEngine(2).map(always, shards, most=most), 1):
+            assert result == always([str(done - 1)]) and len(drawn) == min(24, done + window)
+
+
 class Broken:
     "An engine whose second shard fails for good."
     workers = 1

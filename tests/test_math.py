@@ -496,7 +496,7 @@ def test_persona_hub_form(tmp_path):
     path.write_text('\n'.join(map(json.dumps, lines)) + '\nbroken\n', encoding='utf-8')
     personas, dropped = read_personas(str(path), 'research-only')
     assert [(one['persona'], one['license']) for one in personas] == [('A retired teacher', 'research-only'), ('A chef', 'research-only'), ('A baker', 'MIT')]
-    assert [row['drop_reason'] for row in dropped] == ['duplicate_persona', 'no_persona', 'malformed_line'] and 'line 6' == dropped[-1]['evidence']
+    assert [row['drop_reason'] for row in dropped] == ['duplicate_persona', 'no_persona', 'malformed_line'] and 'line 6' == list(dropped)[-1]['evidence']
     assert len(read_personas(str(path), max_personas=2)[0]) == 2 and read_personas(str(path))[0][0]['license'] == 'unknown'
     path.write_text('{}', encoding='utf-8')
     with pytest.raises(UserError, match='persona'): read_personas(str(path))
@@ -605,5 +605,5 @@ def test_costs_of_all_rows_add_up_to_the_ledger(tmp_path, monkeypatch):
 def test_a_thousand_personas_make_problems(teacher):
     personas, dropped = read_personas(str(HUB), 'research-only')
     assert len(personas) == 1000 and not dropped
-    written, lost = write_problems(plan_drafts(personas, 200, [], '困難', seed=1), teacher)
+    written, lost = write_problems(list(plan_drafts(personas, 200, [], '困難', seed=1)), teacher)
     assert len(written) == 200 and not lost and {problem['license'] for problem in written} == {'research-only'}
