@@ -406,13 +406,13 @@ def late(settings: ModelSettings) -> CallFailure:
     "Name the failure of a service that takes too long."
     return CallFailure(f'no reply in {settings.timeout:g} seconds', attempts=4)
 
-def retry_after(value: str | None) -> float | None:
+def retry_after(value: str | None) -> float | None: # Seconds, a day at most; None if it cannot be read
     "Read a Retry-After header: seconds or a date."
     from email.utils import parsedate_to_datetime
     if not value: return None
-    if value.replace('.', '', 1).isdigit(): return float(value)
-    try: return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError: return None
+    try: wait = float(value) if re.fullmatch(r'[0-9.]{1,20}', value) else parsedate_to_datetime(value).timestamp() - time.time()
+    except (ValueError, OverflowError): return None
+    return min(max(wait, 0.0), 86_400.0)
 
 def hide(text: str, secret: str) -> str:
     "Take a secret out of a text."

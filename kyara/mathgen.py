@@ -12,7 +12,6 @@ __all__ = ['KINDS', 'PERSONA_HUB', 'WRITE_PROBLEM', 'METHODS', 'DEEPEN_PROBLEM',
 import heapq, random, re, unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from itertools import chain
 from typing import ClassVar
 
 from .answers import (boxed_content, final_answer, plain_answer, read_quantity, readings, same_answer,

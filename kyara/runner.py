@@ -168,7 +168,8 @@ def execute_stage(
     end_kernels(run_dir)
     with kernel_environment(run_dir), ThreadPoolExecutor(1) as thread:
         work = thread.submit(papermill.execute_notebook, str(stage.notebook), str(executed), stage.given,
-                             kernel_name='python3', cwd=str(nbs), progress_bar=bar, start_timeout=600, # A busy machine takes minutes
+                             kernel_name='python3', cwd=str(nbs), progress_bar=bar,
+                             start_timeout=600, iopub_timeout=600, # A busy machine takes minutes
                              extra_arguments=['--IPKernelApp.log_level=50', *_joining()])
         try: work.result()
         except papermill.PapermillExecutionError as error: raise explain_failure(stage, error) from None
