@@ -90,7 +90,8 @@ def fill_store(
             _begin(store, begun)
             rows, vectors = zip(*pairs, strict=True)
             dense = np.array(vectors, np.float32) if vectors[0] is not None else None
-            many = len(rows) == PART and isinstance(store, EdgeStore) and present.keys().isdisjoint(row['id'] for row in rows)
+            many = isinstance(store, EdgeStore) and (len(rows) == PART or store.indexers) # The rest goes where the others went
+            many = many and present.keys().isdisjoint(row['id'] for row in rows)
             (store.put_part if many else store.put)(list(rows), average, dense)
         if gone := sorted(present.keys() - wanted.keys()):
             _begin(store, begun)
