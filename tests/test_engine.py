@@ -575,7 +575,7 @@ def test_equal_prompts_of_two_threads_are_sent_once(tmp_path, shared):
         clients = [desk.client(ledger=ledger) for ledger in ledgers]
         crew = [threading.Thread(target=lambda n=n: got.update({n: clients[n].ask(texts)})) for n in range(2)]
         for thread in crew: thread.start()
-        for thread in crew: thread.join()
+        for thread in crew: thread.join(300)
         stats = server.stats()
         for ledger in ledgers: ledger.close()
     assert [[reply.text for reply in got[n]] for n in range(2)] == [[ECHO + text for text in texts]] * 2
