@@ -37,8 +37,10 @@ def chunk_row(
     payload: dict, # What is kept of the row
 ) -> dict: # The whole row
     "Read a chunk from its point."
-    digits, row = getattr(point, 'hex', None) or point.replace('-', ''), STORED | payload
-    return {'id': f'id_{digits[:int(digits[30:])]}', **row, 'end': row['start'] + len(row['text'])}
+    digits = getattr(point, 'hex', None) or point.replace('-', '')
+    row = {'id': f'id_{digits[:int(digits[30:])]}', **STORED, **payload}
+    row['end'] = row['start'] + len(row['text'])
+    return row
 
 def point_payload(
     row: dict, # A chunk row

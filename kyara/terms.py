@@ -6,7 +6,7 @@
 __all__ = ['PLAIN', 'CHINESE', 'LETTER', 'LONG_WAY', 'WORD', 'ASKING', 'LONGEST_QUESTION', 'HANZI', 'SENTENCE_ENDS',
            'fold_arrays', 'fold_texts', 'code_points', 'word_number', 'find_words', 'find_terms', 'mean_length',
            'passage_vectors', 'common_terms', 'Question', 'read_question', 'question_numbers', 'short_code',
-           'spellings', 'sentence_hits', 'word_places', 'look_again']
+           'sentence_hits', 'word_places', 'look_again']
 
 # %% ../nbs/05_terms.ipynb #05000002
 import functools, math, re, unicodedata, zlib
@@ -162,9 +162,9 @@ def read_question(
 def _find_runs(folded):
     runs = RUN.findall(folded)
     chinese = [run for run in runs if run[0] >= '\u3005']
-    words = dict.fromkeys(run.replace(',', '') for run in runs if run[0] < '\u3005')
-    pairs = dict.fromkeys(run[place:place + 2] for run in chinese for place in range(max(1, len(run) - 1)))
-    return Question(tuple(dict.fromkeys(''.join(chinese))), tuple(pairs), tuple(words))
+    pairs = [run[place:place + 2] for run in chinese for place in range(len(run) - 1 or 1)]
+    words = [run.replace(',', '') for run in runs if run[0] < '\u3005']
+    return Question(*(tuple(dict.fromkeys(terms)) for terms in (''.join(chinese), pairs, words)))
 
 # %% ../nbs/05_terms.ipynb #05000020
 HANZI = range(0x4E00, 0xA000)
@@ -174,11 +174,11 @@ def question_numbers(
     common: frozenset[int] = frozenset(), # Terms that are left out where four others remain
 ) -> list[int]: # Numbers of the terms to look for, none if there is nothing to look for
     "Number the terms of a question."
-    codes = [tuple(map(short_code, pair)) for pair in question.pairs]
-    numbers = {pair[0] << 16 | pair[1] if len(pair) > 1 else pair[0] for pair in codes}
+    codes = {char: short_code(char) for char in question.chars}
+    numbers = {codes[pair[0]] << 16 | codes[pair[1]] if len(pair) > 1 else codes[pair] for pair in question.pairs}
     numbers.update(map(word_number, question.words))
-    if codes and not question.words and max(map(len, codes)) == 1:
-        for code, in codes: numbers.update(number for other in HANZI for number in (code << 16 | other, other << 16 | code))
+    if codes and not question.words and max(map(len, question.pairs)) == 1:
+        for code in codes.values(): numbers.update(number for other in HANZI for number in (code << 16 | other, other << 16 | code))
     rare = numbers - common
     return sorted(rare if len(rare) >= 4 else numbers)
 
@@ -193,52 +193,37 @@ def short_code(
 # %% ../nbs/05_terms.ipynb #05000023
 SENTENCE_ENDS = '。!?;\n' # As folded
 
-@functools.cache
-def spellings() -> dict[str, list[int]]: # By folded character: the code points that fold to it; '' has all ends
-    "Turn the folding round."
-    table = {'\n': [ord('\n')]}
-    for code, folded in fold_table().items():
-        if len(folded) == 1 and code <= 0xFFFF: table.setdefault(folded, [ord(folded)]).append(code)
-    table[''] = [code for mark in SENTENCE_ENDS for code in table[mark]]
-    return {char: [code for code in codes if code <= 0xFFFF] for char, codes in table.items()}
-
 def sentence_hits(
     question: Question, # What is looked for
     passages: list[tuple[str, str]], # Title and text of each
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # Sentences by terms; lengths of all but titles; each passage's first, its title
     "Find a question's characters, pairs and words in every sentence."
-    texts = [f'{title}\n{text}\n' for title, text in passages]
-    codes, *_, starts = fold_texts(texts) if question.words else code_points(texts)
+    points, starts = code_points([f'{title}\n{text}\n' for title, text in passages])
+    codes = fold_arrays()[0].take(points, mode='clip')
     end, width = len(question.chars) + 1, len(question.chars) + len(question.pairs) + len(question.words) + 2
-    found = _char_marks(question, end).take(codes, mode='clip')
+    found = _char_marks(question, end).take(codes)
     places = (found != 0).nonzero()[0]
     found = found.take(places).astype(np.int64)
     closing = found == end
     ends, base = places[closing], closing.cumsum() * width
     pairs = _pair_marks(question, end).take(found[:-1] * (end + 1) + found[1:])
-    near = pairs.nonzero()[0]
-    near = near[places[near + 1] - places[near] == 1]
-    hits = np.zeros((len(ends) + 1) * width, np.float32)
-    hits[base + found] = 1
-    hits[base.take(near) + pairs.take(near)] = 1
-    hits = hits.reshape(-1, width)
+    pairs *= places[1:] - places[:-1] == 1
+    hits = np.zeros((len(ends) + 1) * width, bool)
+    hits[base + found] = hits[base[:-1] + pairs] = True
+    hits = hits.reshape(-1, width)[:-1]
     if question.words:
         text = codes.tobytes().decode('utf-16-le')
         for column, word in enumerate(question.words, end + len(question.pairs) + 1):
-            hits[ends.searchsorted(list(word_places(text, word))), column] = 1
-    hits[:, end] = 0
+            hits[ends.searchsorted(list(word_places(text, word))), column] = True
+    hits[:, 0] = hits[:, end] = False
     lengths = ends.copy()
     lengths[1:] -= ends[:-1]
-    return hits[:-1], lengths, ends.searchsorted(starts)
+    return hits, lengths, ends.searchsorted(starts)
 
 def _char_marks(question, end):
-    known, codes, ranks = spellings(), [], []
-    for rank, char in enumerate((*question.chars, ''), 1):
-        forms = known.get(char) or [ord(char)]
-        codes += forms
-        ranks += [rank] * len(forms)
-    marks = np.zeros(max(1 << 16, max(codes) + 1), np.uint8 if end < 256 else np.int16)
-    marks[codes] = ranks
+    marks = np.zeros(1 << 16, np.uint8 if end < 256 else np.int16)
+    marks[[*map(short_code, question.chars)]] = range(1, end)
+    marks[[*map(ord, SENTENCE_ENDS)]] = end
     return marks
 
 def _pair_marks(question, end):
@@ -287,17 +272,17 @@ def look_again(
     terms = len(question.chars) + len(question.pairs) + len(question.words)
     if not passages or not terms: return scores
     hits, lengths, firsts = sentence_hits(question, passages)
-    having = np.maximum.reduceat(hits, firsts).sum(0) # Passages that have each term
+    having = np.logical_or.reduceat(hits, firsts).sum(0) # Passages that have each term
     importance = np.log((len(passages) + 1) / (having + 0.5)).astype(np.float32)
     if question.words: importance[-len(question.words):] *= word_weight
-    gain = 2 * title_share * (np.einsum('ij,j->i', hits[firsts], importance))
-    hits[firsts], lengths[firsts] = 0, 0
-    both, longer = hits.copy(), lengths.copy()
-    np.maximum(hits[:-1], hits[1:], out=both[:-1])
-    longer[:-1] += lengths[1:]
+    windows, sizes = np.array([hits, hits]), np.array([lengths, lengths]) # Of one sentence, and of two
+    hits[firsts], lengths[firsts], sizes[:, firsts] = False, 0, 0
+    windows[1, :-1] |= hits[1:]
+    sizes[1, :-1] += lengths[1:]
+    worth = np.einsum('kij,j->ki', windows.astype(np.float32), importance)
+    gain = 2 * title_share * worth[0].take(firsts)
     real = lengths > 1
-    for window, size in ((hits, lengths), (both, longer)):
-        relative = size * (real.sum() / max(1, size.sum()))
-        worth = np.einsum('ij,j->i', window, importance) * real / (1 - length_penalty + length_penalty * relative)
-        gain += np.maximum.reduceat(worth, firsts)
+    relative = sizes * (real.sum() / np.maximum(1, sizes.sum(1, keepdims=True)))
+    worth = worth * real / (1 - length_penalty + length_penalty * relative)
+    gain += np.maximum.reduceat(worth, firsts, axis=1).sum(0)
     return (np.asarray(scores) + attention * min(1, usual_terms / terms) * gain).tolist()
