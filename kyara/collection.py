@@ -479,7 +479,8 @@ def open_server(
     if variable and not key: raise UserError(f'the Qdrant server needs a key: set the environment variable {variable}')
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Api key is used with an insecure connection')
-        client = QdrantClient(url=url, api_key=key or None, timeout=60, check_compatibility=False)
+        try: client = QdrantClient(url=url, api_key=key or None, timeout=60, check_compatibility=False)
+        except ValueError: raise UserError(f'{url} is no address; it looks like http://host:6333') from None
     return ClientStore(client, collection, url, dimensions, must_exist)
 
 # %% ../nbs/10_collection.ipynb #10000022

@@ -387,16 +387,18 @@ class ModelSettings:
 def settings_path() -> Path | None: # None if there is none
     "Find `settings.ini`: `KYARA_SETTINGS`, else the current folder and upwards."
     named = os.environ.get('KYARA_SETTINGS')
-    if named and not Path(named).is_file(): raise UserError(f'KYARA_SETTINGS names {named}, which is not a file')
-    if named: return Path(named)
+    if named and Path(named).is_file(): return Path(named)
+    if named: raise UserError(f'KYARA_SETTINGS names {named}, which is not a file; name one, or unset it')
     folders = [Path.cwd(), *Path.cwd().parents]
     return next((folder / 'settings.ini' for folder in folders if (folder / 'settings.ini').is_file()), None)
 
 def read_settings() -> configparser.ConfigParser: # Sections as text
     "Read `settings.ini`; empty if there is none."
     parser, path = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=('#',)), settings_path()
-    try: parser.read(path or [], encoding='utf-8')
-    except (configparser.Error, UnicodeDecodeError) as error: raise UserError(f'{path} cannot be read: {str(error).splitlines()[0]}') from None
+    try: # `parser.read` would pass over a file that it cannot open
+        if path: parser.read_string(path.read_text(encoding='utf-8-sig'), str(path))
+    except (configparser.Error, UnicodeDecodeError, OSError) as error:
+        raise UserError(f'{path} cannot be read: {str(error).splitlines()[0]}') from None
     return parser
 
 SERVICES = {'qdrant': {'url', 'api_key_env'}, 'embedding': {'model', 'dimensions'}}
@@ -421,8 +423,13 @@ def parse_model(
     unknown = sorted(section.keys() - types.keys())
     if unknown: raise UserError(f"[model.{name}] has the unknown key {', '.join(unknown)}; known are {', '.join(types)}")
     if 'provider' not in section: raise UserError(f'[model.{name}] names no provider')
-    try: return ModelSettings(name, **{key: types[key](value) for key, value in section.items()})
+    try: settings = ModelSettings(name, **{key: types[key](value) for key, value in section.items()})
     except ValueError as error: raise UserError(f'[model.{name}]: {error}') from None
+    for key in section:
+        least = int(key == 'concurrency')
+        if types[key] is not str and not least <= getattr(settings, key) < float('inf'):
+            raise UserError(f'[model.{name}]: {key} {section[key]} is no number from {least}')
+    return settings
 
 def service_settings(
     name: str, # A key of `SERVICES`

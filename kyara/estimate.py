@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'RELEVANT', 'ASKED_BACK', 'KEPT', 'SPEED', 'STAGES', 'LIMITS', 'Need', 'synthesis_calls', 'math_calls',
-           'curation_calls', 'preference_calls', 'no_calls', 'estimate_run', 'stage_size', 'source_sizes', 'priced',
-           'bill', 'estimate_lines']
+           'curation_calls', 'preference_calls', 'no_calls', 'estimate_run', 'refuse_numbers', 'stage_size',
+           'source_sizes', 'priced', 'bill', 'estimate_lines', 'model_ends']
 
 # %% ../nbs/19_estimate.ipynb #19000002
 import math
@@ -68,7 +68,7 @@ def preference_calls(size: float, given: dict) -> tuple[list[Need], float]:
     prompts, each = float(given.get('max_prompts') or 0), int(given.get('answers_per_prompt') or 2)
     pool = list(given.get('pool') or [])
     weights = [model_settings(name).weight for name in pool]
-    needs = [Need(name, 'chat', prompts * each * weight / sum(weights)) for name, weight in zip(pool, weights)]
+    needs = [Need(name, 'chat', prompts * each * weight / (sum(weights) or 1)) for name, weight in zip(pool, weights)]
     if given.get('judge') and pool: needs.append(Need(given['judge'], 'compare', prompts * each * (each - 1)))
     spin = min(size, float(given.get('max_spin') or 0))
     needs.append(Need(given['model'], 'chat', spin))
@@ -96,9 +96,16 @@ def estimate_run(
         unknown += [f'{stage.name}: the size of {name} is not known and counts as 0; add --assume {stage.name}=ROWS' for name in missing]
         needs, made = STAGES.get(stage.notebook.stem, no_calls)(size, stage.params)
         sizes[stage.name] = made
+        if not all(0 <= number < math.inf for number in (made, *(need.calls for need in needs))): refuse_numbers(stage)
         if stage.notebook.stem == '18_evaluation': unknown.append(f'{stage.name}: calls are not estimated')
         rows += priced(stage.name, needs)
     return rows, unknown
+
+def refuse_numbers(stage):
+    "Say which parameters make no number of calls."
+    numbers = {key: value for key, value in stage.params.items() if type(value) in (int, float)}
+    odd = [f'{key} is {value}' for key, value in numbers.items() if not 0 <= value < math.inf]
+    raise UserError(f"stage {stage.name}: {', '.join(odd) or 'its shares come to more than 1'}; write a number from 0")
 
 def stage_size(stage, nbs: Path, sizes: dict, assume: dict) -> tuple[float, list[str]]:
     "Say how many rows a stage works on, and which of its sources nobody knows the size of."
@@ -120,6 +127,8 @@ def source_sizes(stage, nbs: Path, known: float) -> tuple[float, list[str]]:
     missing = []
     for source in stage.params.get('sources', []):
         cap = (stage.params.get('caps') or {}).get(source.removeprefix('hf:'))
+        if cap and type(cap) is not int:
+            raise UserError(f'stage {stage.name}: the cap of {source} is {cap!r}; write a whole number')
         if cap: known += cap
         elif source.startswith('sample:'): known += sum(1 for _ in open(resolve_path(source), encoding='utf-8'))
         elif source.startswith(('hf:', 'http', 'qdrant:')) or (nbs / source).is_file(): missing.append(source)
@@ -151,11 +160,24 @@ def estimate_lines(
     unknown: list[str], # What is not known
 ) -> list[str]: # To print
     "Show an estimate with its sums."
-    lines = [f"{'stage':14} {'model':20} {'calls':>13} {'tokens read':>15} {'written':>15} {'money':>12} {'hours':>8}"]
+    models = model_ends([row['model'] for row in rows])
+    first, second = max([14, *(len(row['stage']) for row in rows)]), max([20, *map(len, models.values())])
+    lines = [f"{'stage':{first}} {'model':{second}} {'calls':>13} {'tokens read':>15} {'written':>15} {'money':>12} {'hours':>8}"]
     total = {'stage': 'all', 'model': '', 'hours': None,
              **{name: sum(row[name] for row in rows) for name in ('calls', 'read', 'written', 'cost')}}
     for row in [*rows, total]:
         hours = '' if row['hours'] is None else f"{row['hours']:,.1f}"
-        lines.append(f"{row['stage']:14.14} {row['model']:20.20} {row['calls']:13,} {row['read']:15,} {row['written']:15,} "
-                     f"{row['cost']:12,.2f} {hours:>8}")
+        lines.append(f"{row['stage']:{first}} {models.get(row['model'], ''):{second}} {row['calls']:13,} {row['read']:15,} "
+                     f"{row['written']:15,} {row['cost']:12,.2f} {hours:>8}")
     return [*lines, *unknown]
+
+def model_ends(
+    models: list[str], # Names of settings.ini, hub ids, folders
+) -> dict[str, str]: # Each with what to show; a folder's last two names, or as many as tell it from the others
+    "Shorten folders without hiding which is meant."
+    parts, ends = {model: Path(model).parts for model in models}, {}
+    for model, names in parts.items():
+        tails = [names[-count:] for count in range(2, len(names))]
+        alone = [tail for tail in tails if sum(other[-len(tail):] == tail for other in parts.values()) == 1]
+        ends[model] = '/'.join(alone[0]) if alone else model
+    return ends

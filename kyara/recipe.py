@@ -36,7 +36,7 @@ def read_yaml(
         raise UserError(f'recipe {path} cannot be read: {error.strerror}; '
                         'name a file such as runs/demo.yaml') from None
     except UnicodeDecodeError: raise UserError(f'recipe {path} is not UTF-8 text') from None
-    except yaml.YAMLError as error: raise UserError(f'recipe {path} is not YAML: {error}') from None
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error: raise UserError(f'recipe {path} is not YAML: {error}') from None
     if not isinstance(value, dict): raise UserError(f'recipe {path} must hold a mapping with the key stages')
     return value
 
@@ -90,7 +90,7 @@ def _set_engine(recipe, change):
 def _set_value(change, text):
     import yaml
     try: return text if re.match(r'\{[\w-]+\}', text) else yaml.safe_load(text) # {index}/chunk is no YAML
-    except yaml.YAMLError: raise UserError(f'--set {change}: the value is not YAML; quote it') from None
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError): raise UserError(f'--set {change[:80]}: the value is not YAML; quote it') from None
 
 def _apply_set(stages, change):
     target, equals, text = change.partition('=')

@@ -79,7 +79,9 @@ def read_notebook(
     "Read a notebook's JSON."
     try: notebook = parse_object(Path(path).read_text(encoding='utf-8'))
     except (OSError, UnicodeDecodeError): notebook = None
-    if not notebook or 'cells' not in notebook: raise UserError(f'{path} is no notebook')
+    cells = (notebook or {}).get('cells')
+    whole = isinstance(cells, list) and all(isinstance(cell, dict) and {'source', 'metadata'} <= cell.keys() for cell in cells)
+    if not whole or 'nbformat' not in notebook: raise UserError(f'{path} is no notebook')
     return notebook
 
 def notebook_seconds(

@@ -358,7 +358,7 @@ def open_run(
     place = Path(place)
     if place.suffix in ('.yaml', '.yml'): return load_recipe(place)
     saved = read_record(place)
-    if saved:
+    if isinstance(saved.get('sets'), list) and {'recipe', 'nbs'} <= saved.keys():
         recipe = Path(os.path.normpath(place.resolve() / saved['recipe']))
         folder = place.resolve()
         if recipe.is_file(): return load_recipe(recipe, saved['sets'], folder / saved['nbs'], folder.parent)

@@ -2,6 +2,7 @@
 import gzip, json, os, shutil, signal, socket, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -48,7 +49,7 @@ FILES = {
     'fake.jsonl.gz': b'no gzip', 'fake.parquet': b'no',
     'prompts.jsonl': lines({'id': 'a', 'messages': TURNS}), 'note.txt': '這是一份筆記。\n',
     'answer.txt': '玉山主峰海拔3,952公尺【id_27025b13】。玉山主峰海拔4,000公尺【id_27025b13】。',
-    'documents.json': {'id_27025b13': YUSHAN}, 'numbers.json': [1, 2], 'three.json': '3', 'no_text.json': [{'id': 'id_1'}],
+    'documents.json': {'id_27025b13': YUSHAN}, 'numbers.json': [1, 2], 'three.json': '3', 'schema.json': {}, 'deep.json': '[' * 100_000, 'no_text.json': [{'id': 'id_1'}],
     'outputs.jsonl': lines(*[{'id': name, 'answer': '7', 'output': f'{{"answer": "{said}"}}'} for name, said in ('17', '28')]),
     'no_output.jsonl': lines({'id': '1', 'answer': '7'}),
     'twice.jsonl': lines(*[{'id': '1', 'answer': '7', 'output': '7'}] * 2),
@@ -56,6 +57,7 @@ FILES = {
     'subjects.csv': 'subject,n,m\nphysics,many,0.5\n',
     'damaged/knowledge_base.json': '{"loca',
     'runs/index.yaml': 'stages:\n  index:\n    notebook: 10_index\n',
+    'runs/synthesis.yaml': 'stages:\n  synthesis:\n    notebook: 11_synthesis\n    index: kb\n',
     'runs/sft.yaml': 'stages:\n  sft:\n    notebook: 15_sft\n    sources: [sample:dialogues_en]\n'}
 
 @pytest.fixture(scope='module')
@@ -81,22 +83,33 @@ def inside(place, monkeypatch):
 
 # Mistakes: one line, exit code 2
 
+DRY = ['run', 'runs/index.yaml', '--dry-run']
+SYNTHESIS = ['run', 'runs/synthesis.yaml', '--dry-run', '--assume', 'synthesis=10', '--set']
 ASK = ['ask', '--ledger', 'calls.sqlite', '--out', 'replies.jsonl']
 OFFLINE = [*ASK, '--model', 'offline', '--in', 'prompts.jsonl']
 MISTAKES = [ # Words, then what the line must say
-    ([], 'required: COMMAND'), (['frobnicate'], "invalid choice: 'frobnicate'"),
+    ([], 'required: COMMAND'), (['frobnicate'], "invalid choice: 'frobnicate'"), (['-x'], 'unrecognized arguments: -x'),
     (['run'], 'required: recipe; see kyara run --help'),
     (['lint', '--frob'], '--frob'), (['ledger', 'burn', 'x'], "invalid choice: 'burn'"),
-    (['trace', 'x'], '--run'),
+    (['trace', 'x'], '--run'), (['report', ''], 'argument run: it is empty'),
     (['run', 'bare'], 'Is a directory'), (['run', 'settings.ini'], 'is not YAML'),
     (['run', 'binary.txt'], 'is not UTF-8'),
     (['run', 'runs/index.yaml', '--set', 'index.sources=[3]'], '3 is no text'),
     (['run', 'runs/index.yaml', '--set', 'index.sources=[none.jsonl]'], 'none.jsonl does not exist'),
     (['run', 'runs/sft.yaml', '--set', 'sft.model=runs/none/model'], 'there is no folder runs/none/model'),
+    (['run', 'runs/index.yaml', '--assume', 'index=5'], '--assume is for an estimate; add --dry-run'),
+    (['run', 'runs/index.yaml', '--only', ''], 'argument --only: it is empty'),
+    (['run', 'runs/index.yaml', '--from', ''], 'argument --from: it is empty'),
+    *[([*DRY, *words], f'{words[0]} says what runs') for words in (['--from', 'index'], ['--only', 'index'], ['--fresh'])],
+    *[([*DRY, '--assume', text], f'--assume {text} is not of the form') for text in ('index=²', 'index=-5', 'index', 'indxe=5')],
+    ([*DRY, '--set', 'index.chunk_size=300,400'], 'name one value of each'),
+    ([*DRY, '--set', 'index.max_documents=-3'], 'stage index: max_documents is -3; write a number from 0'),
+    ([*SYNTHESIS, 'synthesis.rag_share=.nan'], 'rag_share is nan'),
+    ([*SYNTHESIS, 'synthesis.rag_share=2'], 'stage synthesis: its shares come to more than 1'),
     (['status', '.'], 'is no run'), (['status', 'settings.ini'], 'is no run'),
     (['status', 'runs/indxe'], "did you mean 'index'"),
     (['report', 'bare'], 'no finished stage'), (['trace', 'x', '--run', 'bare'], 'no finished stage'),
-    (['search', '', '--kb', 'kb'], 'question is empty'), (['search', '玉山', '--kb', ''], '--kb is empty'),
+    (['search', '', '--kb', 'kb'], 'argument question: it is empty'), (['search', '玉山', '--kb', ''], 'argument --kb: it is empty'),
     (['search', '玉山', '--kb', 'kb', '-k', '0'], 'no whole number from 1'),
     (['search', '玉山', '--kb', 'bare'], 'is no knowledge base'),
     (['search', '玉山', '--kb', 'damaged'], 'is damaged; run the index stage again'),
@@ -109,6 +122,9 @@ MISTAKES = [ # Words, then what the line must say
     ([*OFFLINE, '--in', 'bare'], 'is no file'), ([*OFFLINE, '--in', 'fake.jsonl.gz'], 'cannot be read'),
     ([*OFFLINE, '--out', 'bare'], 'cannot be written'), ([*OFFLINE, '--out', ''], 'cannot be written'),
     ([*OFFLINE, '--out', '/proc/none/replies.jsonl'], 'cannot be written'),
+    *[([*OFFLINE, '--out', name], f'{name} would be overwritten') for name in ('prompts.jsonl', './prompts.jsonl', 'calls.sqlite')],
+    ([*OFFLINE, '--schema', 'schema.json', '--out', 'schema.json'], 'schema.json would be overwritten'),
+    ([*OFFLINE, '--in', '-'], "'-' is no file"),
     ([*OFFLINE, '--ledger', 'bare'], 'is not a file'),
     ([*OFFLINE, '--ledger', 'settings.ini'], 'not a database'),
     ([*OFFLINE, '--concurrency', '0'], 'no whole number from 1'),
@@ -118,9 +134,10 @@ MISTAKES = [ # Words, then what the line must say
     *[(['cite', '--answer', 'answer.txt', '--documents', name], part) for name, part in {
         'broken.jsonl': 'line 1 is not a JSON object', 'three.json': 'no JSON object or list', 'numbers.json': 'has no id',
         'no_text.json': 'has no id or no text', 'fake.jsonl.gz': 'cannot be read', 'settings.ini': 'no JSON object or list',
-        'fake.parquet': 'no JSON object or list'}.items()],
+        'fake.parquet': 'no JSON object or list', 'deep.json': 'no JSON object or list', '-': "'-' is no file"}.items()],
     (['lint', 'binary.txt'], 'is not UTF-8'), (['lint', 'bare'], 'is no file'),
-    (['lint', 'binary.txt', '--fix'], 'is not UTF-8'),
+    (['lint', 'binary.txt', '--fix'], 'is not UTF-8'), (['lint', 'note.txt', '--fix', '--json'], '--json: not allowed with argument --fix'),
+    (['lint', '/proc/version', '--fix'], 'written'),
     *[(['score', *words], part) for words, part in [
         (['gsm9k', 'outputs.jsonl'], 'did you mean gsm8k'), (['gsm8k', 'none.jsonl'], 'is no file'),
         (['gsm8k', 'empty.jsonl'], 'no rows'),
@@ -129,9 +146,14 @@ MISTAKES = [ # Words, then what the line must say
         (['gsm8k', 'twice.jsonl'], 'stand twice'), (['gsm8k', 'outputs.jsonl', '--rule', 'v9'], "no rule 'v9'"),
         (['gsm8k', 'outputs.jsonl', '--data', 'none'], 'not a folder'),
         (['gsm8k', 'outputs.jsonl', '--out', 'bare'], 'cannot be written'),
+        *[(['gsm8k', 'outputs.jsonl', option, ''], f'argument {option}: it is empty') for option in ('--out', '--rule', '--data', '--items')],
+        (['gsm8k', 'outputs.jsonl', '--partial', '--out', 'outputs.jsonl'], 'outputs.jsonl would be overwritten'),
         (['zebra-grid', 'zebra.jsonl'], 'another form'), (['tmmluplus', 'subjects.csv'], 'another form'),
         (['arena-hard', 'outputs.jsonl'], 'needs')]],
     (['ledger', 'stats', 'settings.ini'], 'not a database'), (['ledger', 'verify', 'bare'], 'is no file'),
+    (['ledger', 'stats', 'calls.sqlite', '--out', 'calls.jsonl'], '--out does nothing for stats'),
+    (['ledger', 'verify', 'calls.sqlite', '--json'], '--json does nothing for verify'),
+    (['ledger', 'export', 'calls.sqlite', '--out', ''], 'argument --out: it is empty'),
 ]
 
 @pytest.mark.parametrize('words, part', MISTAKES, ids=[' '.join(words)[:70] for words, _ in MISTAKES])
@@ -142,7 +164,30 @@ def test_a_mistake_gets_one_line(inside, capsys, monkeypatch, words, part):
     assert error.startswith('kyara: ') and error.count('\n') == 1 and part in error, error
     assert out == '', out
 
-BAD_SETTINGS = {'temprature = 1': 'unknown key temprature', 'timeout = soon': "'soon'", 'provider = magic': "provider 'magic'",
+VARIABLES = [ # Name, value, what the line must say; told before any work, whatever the command
+    ('KYARA_SETTINGS', 'none.ini', 'KYARA_SETTINGS names none.ini, which is not a file'),
+    ('KYARA_SETTINGS', 'bare', 'KYARA_SETTINGS names bare, which is not a file'),
+    ('KYARA_REPLAY', 'banana', "KYARA_REPLAY is 'banana'; set it to 1")]
+COMMANDS = [['run', 'runs/index.yaml'], DRY, ['status', 'runs/index.yaml'], ['search', '玉山', '--kb', 'kb'], OFFLINE]
+
+@pytest.mark.parametrize('name, value, part', [
+    *VARIABLES, ('KYARA_ENGINE', 'nonsense', 'KYARA_ENGINE is what a run tells its own notebooks; unset it')])
+def test_variables_are_checked_before_any_work(inside, capsys, monkeypatch, name, value, part):
+    monkeypatch.setenv(name, value)
+    for words in COMMANDS[:2] if name == 'KYARA_ENGINE' else COMMANDS:
+        assert main(words) == 2
+        out, error = capsys.readouterr()
+        assert error.startswith(f'kyara: {part}') and error.count('\n') == 1 and out == '', (words, error, out)
+
+@pytest.mark.skipif(not Path('/proc/self/mem').exists(), reason='needs a file that nobody can read from its start')
+def test_settings_that_cannot_be_read_are_not_passed_over(inside, capsys, monkeypatch):
+    monkeypatch.setenv('KYARA_SETTINGS', '/proc/self/mem')
+    assert main(OFFLINE) == 2
+    error = capsys.readouterr().err
+    assert '/proc/self/mem cannot be read' in error and error.count('\n') == 1, error
+
+BAD_SETTINGS = {'temprature = 1': 'unknown key temprature', 'timeout = soon': "'soon'", 'timeout = -5': 'timeout -5 is no number from 0',
+                'price_input = nan': 'price_input nan is no number from 0', 'concurrency = 0': 'concurrency 0 is no number from 1', 'provider = magic': "provider 'magic'",
                 'model = clever': "no model 'clever'", 'garbage': 'cannot be read'}
 
 @pytest.mark.parametrize('line', BAD_SETTINGS)
@@ -194,6 +239,30 @@ def test_a_pipe_that_closes_early_is_no_error(place):
                             text=True, timeout=PATIENCE)
     reader.stdin.close()
     assert reader.wait(PATIENCE) == 0 and (writer.returncode, writer.stderr) == (0, '')
+
+# What a table shows
+
+def test_an_estimate_hides_no_name():
+    "Two models whose folders end alike, and a stage with a long name; columns still stand below each other."
+    from kyara.estimate import estimate_lines
+    stage, models = 'synthesis_of_what_is_new', [f'../runs/a_recipe_with_a_long_name/{name}/sft/model' for name in 'ab']
+    rows = [{'stage': stage, 'model': model, 'calls': 7, 'read': 8, 'written': 9, 'cost': 0.0, 'hours': None} for model in models]
+    head, *told, total = estimate_lines(rows, [])
+    assert [line.split()[:3] for line in told] == [[stage, f'{name}/sft/model', '7'] for name in 'ab'], told
+    assert len({line.index(number) for line, number in ((told[0], ' 7 '), (told[1], ' 7 '), (total, '14 '))}) == 1, (told, total)
+    assert len({line.index('0.00') for line in (*told, total)}) == 1 and head.index('calls') + 4 == told[0].index(' 7 ') + 1
+
+def test_an_estimate_takes_odd_caps_and_weights(tmp_path, monkeypatch):
+    "A cap that is no number is named; a pool that settings.ini gives no weight is asked nothing."
+    from kyara.core import UserError
+    from kyara.estimate import preference_calls, source_sizes
+    stage = SimpleNamespace(name='base', params={'sources': ['hf:some/set'], 'caps': {'some/set': 'many'}})
+    with pytest.raises(UserError, match="stage base: the cap of hf:some/set is 'many'; write a whole number"):
+        source_sizes(stage, tmp_path, 0)
+    write(tmp_path, 'settings.ini', '[model.light]\nprovider = offline\nmodel = careful\nweight = 0\n')
+    monkeypatch.setenv('KYARA_SETTINGS', str(tmp_path / 'settings.ini'))
+    needs, _ = preference_calls(0, {'pool': ['light'], 'max_prompts': 5, 'model': 'offline'})
+    assert [(need.model, need.calls) for need in needs] == [('light', 0), ('offline', 0)], needs
 
 # What programs read
 
@@ -259,6 +328,8 @@ def test_ledger_commands(inside, capsys):
     assert main(['ledger', 'export', 'own.sqlite', '--out', 'deep/calls.jsonl.gz']) == 0
     entry = json.loads(gzip.open('deep/calls.jsonl.gz', 'rt', encoding='utf-8').read())
     assert entry['request']['messages'] == TURNS and entry['stage'] == 'ask'
+    assert main(['ledger', 'export', 'own.sqlite', '--out', 'own.sqlite']) == 2 and main(['ledger', 'verify', 'own.sqlite']) == 0
+    assert 'own.sqlite would be overwritten' in capsys.readouterr().err
     import sqlite3
     with sqlite3.connect('own.sqlite') as database: database.execute("update calls set text = 'forged'")
     assert main(['ledger', 'verify', 'own.sqlite']) == 3 and 'damaged entry' in capsys.readouterr().out

@@ -236,6 +236,9 @@ def test_a_server_must_be_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match='names no server'): KnowledgeBase.open('qdrant:kyara')
     settings.write_text('[qdrant]\nurl = http://127.0.0.1:9\napi_key_env = KYARA_TEST_MISSING_KEY\n')
     with pytest.raises(UserError, match='KYARA_TEST_MISSING_KEY'): KnowledgeBase.open('qdrant:kyara')
+    settings.write_text('')
+    for url in ('http://[::1', 'http://127.0.0.1:99999'):
+        with pytest.raises(UserError, match='is no address'): KnowledgeBase.open(f'{url}/kyara')
 
 # The stage, and real text
 

@@ -253,9 +253,22 @@ def test_bad_words(finished, capsys, words, part):
     assert_told(capsys, main([word.format(**names) for word in words]), part)
 
 def test_yaml_that_is_none(recipe, capsys):
-    for text, part in (('stages: [', 'is not YAML'), ('stages: {}\nstages: {}\n', 'stages is there twice')):
+    for text, part in (('stages: [', 'is not YAML'), ('stages: {}\nstages: {}\n', 'stages is there twice'), ('name: 2026-13-45', 'is not YAML'),
+                       ('name: !!timestamp never', 'is not YAML'), ('[' * 5000, 'is not YAML')):
         recipe.write_text(text, encoding='utf-8')
         assert_told(capsys, main(['run', str(recipe)]), part)
+
+@pytest.mark.parametrize('text', ['{"cells": 3, "nbformat": 4}', '{"cells": [3], "nbformat": 4}', '{"cells": []}', '[]'])
+def test_notebook_that_is_none(recipe, capsys, text):
+    (recipe.parent.parent / 'nbs/01_write.ipynb').write_text(text, encoding='utf-8')
+    assert_told(capsys, main(['run', str(recipe)]), '01_write.ipynb is no notebook')
+
+@pytest.mark.parametrize('record', [{}, {'recipe': '../tea.yaml', 'nbs': '../../nbs', 'sets': 3}])
+def test_record_that_is_torn(copy, capsys, record):
+    "A run of a recipe that lies beside it is found by its name."
+    (copy.with_suffix('') / 'run.json').write_text(json.dumps(record), encoding='utf-8')
+    assert main(['status', str(copy.with_suffix(''))]) == 0
+    assert 'write' in capsys.readouterr().out
 
 @pytest.mark.parametrize('parameters, tags, part', [
     (WRITE_PARAMETERS, [], '0 cells tagged parameters'), ('least: int = max(1, 2)', ['parameters'], 'name: type = literal')])
@@ -411,7 +424,7 @@ def test_search(tmp_path, capsys):
     assert main(['search', '玉山有多高', '--kb', str(tmp_path / 'kb'), '--json']) == 0
     hit, = json.loads(capsys.readouterr().out)
     assert hit['title'] == '玉山' and hit['doc_id'] == 'd1'
-    assert_told(capsys, main(['search', ' ', '--kb', str(tmp_path / 'kb')]), 'the question is empty')
+    assert_told(capsys, main(['search', ' ', '--kb', str(tmp_path / 'kb')]), 'argument question: it is empty')
     assert_told(capsys, main(['search', '玉山', '--kb', str(tmp_path / 'none')]), 'none')
 
 
