@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RATINGS', 'preference', 'asked_turns', 'without_pair', 'similarity', 'too_near', 'same_result', 'pair_columns',
            'side_turns', 'pair_fault', 'adapt_pair', 'raw_rows', 'read_pairs', 'read_prompts', 'read_public',
-           'draw_rows', 'rewrite_turns', 'ask_in_traditional', 'pair_in_traditional']
+           'draw_rows', 'Shelf', 'rewrite_turns', 'ask_in_traditional', 'pair_in_traditional']
 
 # %% ../nbs/16_pairs.ipynb #16000002
 import heapq, json
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from .base import ANSWER_COLUMNS, QUESTION_COLUMNS, adapt, language_of, public_messages
 from .base import source_name, stream_set
-from .core import ROW_KINDS, UserError, content_hash, details, dialogue, drop, pack_meta
+from .core import ROW_KINDS, Spool, UserError, content_hash, details, dialogue, drop, pack_meta
 from .core import read_jsonl, read_rows, resolve_path
 from .mathgen import final_answer, same_answer
 from .sft import row_problem
@@ -218,7 +218,7 @@ def read_public(
 ) -> tuple[list[dict], list[dict]]: # Preference rows; dropped rows, those that were not drawn among them
     "Read the pairs of a set into lists."
     dropped = []
-    return draw_rows(read_pairs(location, license), max_rows or None, dropped.append, seed), dropped
+    return list(draw_rows(read_pairs(location, license), max_rows or None, dropped.append, seed)), dropped
 
 # %% ../nbs/16_pairs.ipynb #16000026
 def draw_rows(
@@ -226,18 +226,33 @@ def draw_rows(
     count: int | None, # Rows wanted; None: all
     leave: Callable[[dict], None], # Takes what is not drawn, with a `drop_reason`
     seed: int = 0, # Another seed draws others
-) -> list[dict]: # Drawn rows, in an order that depends on the seed
+) -> Iterator[dict]: # Drawn rows, in an order that depends on the seed
     "Draw rows of a stream."
-    heap = [] # The row that goes first on top
+    heap, store = [], Shelf() # The row that goes first on top
     for number, row in enumerate(rows):
-        if 'drop_reason' in row: leave(row)
+        if 'drop_reason' in row:
+            leave(row)
+            continue
+        rank = (-int(content_hash([seed, row['id']]), 16), -number)
+        if count is None or len(heap) < count: heapq.heappush(heap, (*rank, store.put(row)))
         else:
-            item = (-int(content_hash([seed, row['id']]), 16), -number, row)
-            if count is None or len(heap) < count: heapq.heappush(heap, item)
-            else:
-                _, _, out = heapq.heappushpop(heap, item) if count else item
-                leave(drop(out, 'not_drawn', f'at most {count}'))
-    return [row for *_, row in sorted(heap, reverse=True)]
+            if count and heap[0] < rank: row = store.get(heapq.heapreplace(heap, (*rank, store.put(row)))[2])
+            leave(drop(row, 'not_drawn', f'at most {count}'))
+    heap.sort(reverse=True)
+    yield from (store.get(place) for *_, place in heap)
+
+class Shelf(Spool):
+    "Rows on disk that are read in any order."
+    def put(self, row: dict) -> int:
+        "Add a row and say where it stands."
+        place = self.file.seek(0, 2)
+        self.append(row)
+        return place
+
+    def get(self, place: int) -> dict:
+        "Read the row that stands there."
+        self.file.seek(place)
+        return json.loads(self.file.readline())
 
 # %% ../nbs/16_pairs.ipynb #16000029
 def rewrite_turns(

@@ -74,7 +74,7 @@ def draw_prompts(
     licenses: dict[str, str] | None = None, # Of public sets
     tasks: Iterable[str] = (), # Only rows of these tasks; none: all
     seed: int = 0,
-) -> list[dict]: # Dialogue rows
+) -> Iterator[dict]: # Dialogue rows
     "Draw rows of all sources together."
     sources = (read_prompts(location, license_of(location, licenses)) for location in locations)
     rows = itertools.chain.from_iterable(sources)
@@ -123,7 +123,7 @@ def _checked_outcome(row):
 
 # %% ../nbs/16_preference.ipynb #16000014
 def in_slabs(
-    rows: list[dict], # Drawn rows
+    rows: Iterable[dict], # Drawn rows
     make: Callable[[list[dict]], tuple[list[dict], list[dict]]], # Rows to pairs and dropped rows
     dropped: Spool, # Gets what gave no pair
     size: int = 4096, # Rows a slab

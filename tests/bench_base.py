@@ -5,11 +5,9 @@ Every contestant works on the same rows in a process of its own, so that its mem
 `pip install semhash` for that contestant, which is left out where it is missing. Its own models have to be fetched, so it is given
 an encoder of hashed character 3-grams, and its column says how its search does, not its models.
 
-`python tests/bench_base.py 1000000 --stage` sends so many short rows through the whole base stage, `--stage candidates` through the selection
-of the curated set; `--stage math` and `--stage synthesis` make rows with the offline teacher. Beside the time on the clock
-stands the time of the processor, which tells more where other work runs on the machine.
+Beside the time on the clock stands the time of the processor, which tells more where other work runs on the machine.
 """
-import argparse, importlib.util, json, random, resource, subprocess, sys, tempfile, time
+import argparse, importlib.util, json, random, resource, subprocess, sys, time
 from collections import Counter
 from pathlib import Path
 
@@ -104,102 +102,6 @@ def measure_contamination(count: int) -> str:
             f'against {len(items)} items, {found} rows dropped; '
             f'{len(planted)} items were cut from rows; peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB')
 
-def write_short_rows(count: int, folder: Path) -> list[str]: # Paths of rows and of held-out items
-    "Write rows of two sentences, a tenth of them repeats, and DRCD's questions."
-    import gzip
-    from kyara.corpus import read_documents
-    from kyara.zh import split_sentences
-    drawn = random.Random(1)
-    texts = [document['text'] for document, _ in read_documents(DRCD) if document]
-    sentences = [text[start:end] for text in texts for start, end in split_sentences(text) if 8 < end - start < 60]
-    with open(folder / 'rows.jsonl', 'w', encoding='utf-8') as file:
-        for number in range(count):
-            if number % 10 == 9: row = {**row, 'output': row['output'] + '這件事很多人都知道。'}
-            else:
-                first, second = drawn.sample(sentences, 2)
-                row = {'instruction': f'請介紹{first[:6]}。', 'output': first + second}
-            file.write(json.dumps(row, ensure_ascii=False) + '\n')
-    articles = json.loads(gzip.decompress(DRCD.read_bytes()))['data']
-    asked = [question for article in articles for paragraph in article['paragraphs'] for question in paragraph['qas']]
-    lines = [json.dumps({'id': question['id'], 'question': question['question']}, ensure_ascii=False) for question in asked]
-    (folder / 'items.jsonl').write_text('\n'.join(lines), encoding='utf-8')
-    return [str(folder / name) for name in ('rows.jsonl', 'items.jsonl')]
-
-def measure_stage(count: int) -> str:
-    "Send short rows through the whole base stage."
-    from kyara.base import describe_rows, make_base
-    from kyara.core import read_rows
-    with tempfile.TemporaryDirectory() as folder:
-        rows, items = write_short_rows(count, Path(folder))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        started, worked = time.perf_counter(), time.process_time()
-        counts = make_base(Path(folder, 'base'), [rows], weights={}, caps={}, licenses={}, held_out=[items], limits={}, simplified='drop',
-                           near_threshold=0.55, semantic_threshold=0.95, embedding='', seed=0)
-        statistics = describe_rows(read_rows(Path(folder, 'base')))
-        spent, worked = time.perf_counter() - started, time.process_time() - worked
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return (f'{count:>7}  stage: {spent:.0f} s ({worked:.0f} s of a processor), {statistics["tokens"] / statistics["dialogues"]:.0f} characters a row, '
-            f'peak {peak:.0f} MB (before {before:.0f}); {json.dumps(dict(counts.most_common()))}')
-
-def measure_candidates(count: int) -> str:
-    "Rank and select scored rows that are made as they are read: what they take in memory."
-    from kyara.curation import place_candidates, read_candidates, select
-    drawn, words = random.Random(0), [f'{chr(0x4E00 + number)}{chr(0x5E00 + number)}' for number in range(2000)]
-    def make():
-        for _ in range(count):
-            tags = [words[int(drawn.triangular(0, 2000, 0))] for _ in range(drawn.randint(2, 5))]
-            meta = {'tags': tags, 'score_judge': drawn.randint(1, 10), 'score_reward': drawn.random(), 'details': json.dumps({'style': drawn.choice([1.0, 0.75])})}
-            turns = [{'role': 'user', 'content': '問' * 40}, {'role': 'assistant', 'content': '答' * drawn.randint(20, 300)}]
-            yield {'id': f'{drawn.getrandbits(64):016x}', 'messages': turns, 'task': drawn.choice(['knowledge_qa', 'math', 'public']), 'meta': meta}
-    before, worked = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    candidates = read_candidates(make())
-    place_candidates(candidates)
-    selected = sum(not reason for reason, _ in select(candidates, max_rows=count // 7))
-    return memory_line('candidates', count, before, worked, {'selected': selected})
-
-def measure_math(count: int) -> str:
-    "Make mathematics with the offline teacher: what so many problems take in memory."
-    from kyara.ledger import Ledger
-    from kyara.llm import Client
-    from kyara.mathgen import make_math
-    personas = [{'persona': f'住在第{number}戶、喜歡散步的退休老師', 'source': 'bench', 'license': 'CC0-1.0'} for number in range(max(1, count // 5))]
-    before, worked = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
-        teacher = Client('offline', Ledger(Path(folder, 'ledger.sqlite')), stage='math')
-        _, funnel = make_math(personas, teacher, [teacher], teacher, teacher, held_out=10, samples=1, routes=['majority', 'equations'], run_programs='never',
-                              min_agreement=0.6, max_pairs=1, seed=0, max_problems=count, kinds=[], difficulty={'簡單': 2, '中等': 2, '困難': 1},
-                              evolve=0.0, max_similarity=0.75, shard_size=10_000)
-    return memory_line('math', count, before, worked, funnel)
-
-def measure_synthesis(count: int) -> str:
-    "Make rows from so many passages with the offline teacher: what they take in memory."
-    from kyara.core import content_hash
-    from kyara.corpus import read_documents
-    from kyara.index import KnowledgeBase
-    from kyara.ledger import Ledger
-    from kyara.llm import Client
-    from kyara.synthesis import synthesise_shards, write_part
-    from kyara.zh import split_sentences
-    documents = [document for document, _ in read_documents(DRCD, 200) if document]
-    kb = KnowledgeBase.build(documents)
-    known, drawn = list(kb.chunks()), random.Random(0)
-    sentences = [chunk['text'][start:end] for chunk in known for start, end in split_sentences(chunk['text']) if end - start > 8]
-    chunks = ({**known[0], 'id': content_hash(number), 'text': ''.join(drawn.sample(sentences, 5))} for number in range(count))
-    settings = dict(questions_per_chunk=3, evolve_share=0.0, query_count=1, k=1, back_translation_share=0.1, rag_share=0.25, refusal_share=0.1, system_share=0.15,
-                    quality_threshold=4)
-    before, worked, written = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time(), Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        teacher = Client('offline', Ledger(Path(folder, 'ledger.sqlite')), stage='synthesis')
-        for number, made in enumerate(synthesise_shards(chunks, kb, teacher, 0, 1000, 0, **settings)): written.update(write_part(made, Path(folder), number))
-    return memory_line('synthesis', count, before, worked, dict(written))
-
-def memory_line(name: str, count: int, before: int, worked: float, told: dict) -> str:
-    "Say what a stage took."
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (f'{count:>7}  {name}: {time.process_time() - worked:.0f} s of a processor, peak {peak / 1024:.0f} MB (before {before / 1024:.0f}): '
-            f'{1024 * (peak - before) / count:.0f} bytes a row; {json.dumps(told, ensure_ascii=False)}')
-
-STAGES = {'base': measure_stage, 'candidates': measure_candidates, 'math': measure_math, 'synthesis': measure_synthesis}
 CONTESTANTS = {'kyara': near_kyara, 'datasketch': near_datasketch, 'semhash': near_semhash}
 
 def measure(name: str, count: int) -> dict:
@@ -218,9 +120,7 @@ def main():
     parser.add_argument('counts', nargs='*', type=int, default=[10_000, 100_000])
     parser.add_argument('--only', nargs='*', default=list(CONTESTANTS))
     parser.add_argument('--child', help=argparse.SUPPRESS)
-    parser.add_argument('--stage', nargs='?', const='base', choices=STAGES)
     arguments = parser.parse_args()
-    if arguments.stage: return print(STAGES[arguments.stage](arguments.counts[0]), flush=True)
     if arguments.child == 'contamination': return print(measure_contamination(arguments.counts[0]))
     if arguments.child: return print(json.dumps(measure(arguments.child, arguments.counts[0])))
     print(f"{'rows':>7}  {'contestant':11} {'rows/s':>7} {'a CPU s':>7} {'peak MB':>8} (rows alone) {'precision':>9}  recall of {', '.join(MUST)}")

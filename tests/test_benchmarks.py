@@ -464,9 +464,9 @@ def test_model_and_judge_pay_once(tmp_path, monkeypatch):
         transcripts, dropped, _ = run()
         judge = lambda: judge_models(transcripts, {'mt-bench': str(bench)}, 'loopback', tmp_path/'ledger.sqlite', partial=True)
         judgements, unjudged, _ = judge()
-        assert (len(transcripts), len(judgements), dropped, unjudged) == (2, 4, [], [])
+        assert (len(transcripts), len(judgements), len(dropped), unjudged) == (2, 4, 0, [])
         before = server.stats()
-        assert run()[0] == transcripts and judge()[0] == judgements and server.stats() == before
+        assert [*run()[0]] == [*transcripts] and judge()[0] == judgements and server.stats() == before
     got = figures(transcripts, judgements=judgements)['echo']['mt-bench']
     assert (got['score'], got['parts']) == (5.5, {'turn1': 5.0, 'turn2': 6.0}), got
     with pytest.raises(UserError, match='scored by a judge'): judge_models(transcripts, {'mt-bench': str(bench)}, '', tmp_path/'ledger.sqlite')

@@ -1,13 +1,16 @@
 "What becomes of replies that are no answers, and of hostile ones."
+import functools
 import json
 import random
 import re
 import time
+from collections import Counter
 
 import pytest
 
+from kyara import evaluate
 from kyara.core import UserError
-from kyara.evaluate import (BENCHMARKS, MATH_HELD_OUT, comparison_table, contaminated_items, evaluate_models, figures, item_texts,
+from kyara.evaluate import (BENCHMARKS, MATH_HELD_OUT, comparison_table, contaminated_items, evaluate_models, figures, item_slabs, item_texts,
                             paired_difference, read_items, run_generation, script_difference, tokens_per_character)
 from kyara.llm import Reply
 from kyara.score import score_rows
@@ -63,11 +66,21 @@ def test_local_models_generate_and_measure(tmp_path):
     paths = {'math-held-out': write(tmp_path/'math.jsonl', [problem(n) for n in range(8)]), 'preference-held-out': write(tmp_path/'pairs.jsonl', pairs)}
     run = lambda: evaluate_models(models, paths, tmp_path/'ledger.sqlite', max_tokens=8, batch_size=4)
     transcripts, dropped, cost = run()
-    assert len(transcripts) == 2 * (8 + 20) and not dropped and cost == 0 and run()[0] == transcripts
+    assert len(transcripts) == 2 * (8 + 20) and not dropped and cost == 0 and [*run()[0]] == [*transcripts]
     scores = figures(transcripts)
     assert scores['seed 0']['math-held-out']['truncated'] > 0 and scores['seed 1']['preference-held-out']['n'] == 20
     assert comparison_table(scores).startswith('| benchmark (rule) | n | seed 0 | seed 1 |')
     assert paired_difference(transcripts, 'preference-held-out', 'seed 0', 'seed 1')['n'] == 20
+
+def test_slabs_change_nothing(tmp_path, monkeypatch):
+    path = write(tmp_path/'items.jsonl', [problem(n) for n in (*range(7), 1, 5)])
+    def run(**size):
+        monkeypatch.setattr(evaluate, 'item_slabs', functools.partial(item_slabs, **size))
+        transcripts, dropped, _ = evaluate_models({'a': 'offline', 'b': 'offline-careless'}, {'math-held-out': path}, ':memory:')
+        return list(transcripts), list(dropped)
+    transcripts, dropped = run()
+    assert run(size=2) == (transcripts, dropped) and len(transcripts) == 14
+    assert Counter((row['model'], row['drop_reason']) for row in dropped) == {('a', 'duplicate_id'): 2, ('b', 'duplicate_id'): 2}
 
 def test_items_that_stood_in_training_rows_are_found(tmp_path):
     path = write(tmp_path/'items.jsonl', [problem(1), {**problem(2), 'messages': [{'role': 'user', 'content': '阿嬤種了3排芒果樹，每排7棵，共有幾棵芒果樹？'},
@@ -183,4 +196,4 @@ def test_the_fuzz_would_notice_a_quadratic_reader():
         text, start = "{'" * size, time.process_time()
         re.findall(r"'(.*?)': (\d+)", text)
         return time.process_time() - start
-    assert seconds(8_000) > 64 * min(seconds(500) for _ in range(5)) # 256 times as many steps
+    assert seconds(8_000) > 64 * min(seconds(500) for _ in range(20)) # 256 times as many steps

@@ -229,6 +229,8 @@ def test_a_model_without_weight_is_never_drawn(settings):
     settings({name: {'provider': 'offline', 'weight': weight} for name, weight in {'some': 1, 'other': 1, 'never': 0}.items()})
     draws = [draw_models(['never', 'some', 'other'], 3, str(key)) for key in range(100)]
     assert all(sorted(drawn) == ['other', 'some'] for drawn in draws) # Not even when no other is left
+    settings({name: {'provider': 'offline', 'weight': weight} for name, weight in {'some': 0, 'other': 0, 'never': 1}.items()})
+    assert draw_models(['never', 'some', 'other'], 3, 'key') == ['never'] # settings.ini may change
 
 def test_draws_repeat_and_reach_every_order(settings):
     settings({name: {'provider': 'offline'} for name in 'abcde'})
@@ -397,7 +399,7 @@ def test_rows_that_are_not_drawn_are_dropped(tmp_path):
     assert len(kept) == 6 and Counter(row['drop_reason'] for row in dropped) == {'not_drawn': 14}
     assert {row['id'] for row in kept} | {row['id'] for row in dropped} == {row['id'] for row in read_pairs(str(tmp_path / 'many.jsonl'))}
 
-def test_a_draw_holds_no_more_rows_than_it_wants():
+def test_a_draw_holds_no_rows():
     alive, most = 0, 0
     class Row(dict):
         def __init__(self, number):
@@ -408,8 +410,8 @@ def test_a_draw_holds_no_more_rows_than_it_wants():
             nonlocal alive
             alive -= 1
     reasons = Counter()
-    drawn = draw_rows((Row(number) for number in range(2000)), 50, lambda row: reasons.update([row['drop_reason']]))
-    assert len(drawn) == 50 and reasons == {'not_drawn': 1950} and most < 60
+    drawn = list(draw_rows((Row(number) for number in range(2000)), 50, lambda row: reasons.update([row['drop_reason']])))
+    assert len(drawn) == 50 and reasons == {'not_drawn': 1950} and most < 10
 
 # Prompts
 
@@ -417,7 +419,7 @@ def test_prompts_are_asked_without_their_answers_and_in_traditional(tmp_path):
     rows = [{'instruction': '这个软件怎么安装？', 'output': '请先下载安装包。'}, {'prompt': '臺灣最高的山是？'},
             {'messages': [turn('user', '你好'), turn('assistant', '你好！'), turn('user', '再見')]}, {'instruction': '', 'output': '答'}, {'nothing': 1}]
     dropped = Spool()
-    drawn = draw_prompts([written(tmp_path, 'prompts.jsonl', rows)], 10, 'rlaif', dropped, [ItemIndex([])])
+    drawn = list(draw_prompts([written(tmp_path, 'prompts.jsonl', rows)], 10, 'rlaif', dropped, [ItemIndex([])]))
     asked = {row['messages'][0]['content']: row for row in drawn}
     assert sorted(asked) == sorted(['這個軟體怎麼安裝？', '臺灣最高的山是？', '你好'])
     assert Counter(row['drop_reason'] for row in dropped) == {'empty_content': 1, 'unknown_layout': 1}
@@ -434,21 +436,21 @@ CHINESE_SETS = {
 @pytest.mark.parametrize('name', CHINESE_SETS)
 def test_the_three_chinese_sets_give_prompts(tmp_path, name):
     dropped = Spool()
-    drawn = draw_prompts([written(tmp_path, 'set.parquet', [CHINESE_SETS[name]])], 10, 'rlaif', dropped, [])
+    drawn = list(draw_prompts([written(tmp_path, 'set.parquet', [CHINESE_SETS[name]])], 10, 'rlaif', dropped, []))
     assert [row['messages'][0]['content'].strip() for row in drawn] == ['這個軟體怎麼安裝？'], list(dropped)
 
 def test_an_evaluation_item_is_never_asked_of_the_pool(tmp_path):
     item = '小美有3顆芭樂，又買了2顆，現在共有幾顆？'
     rows = [{'prompt': text} for text in (item, '請問：小美有3顆芭樂，又買了2顆，現在共有幾顆？請列式。', '小美有8顆芭樂，又買了6顆，現在共有幾顆？')]
     dropped = Spool()
-    drawn = draw_prompts([written(tmp_path, 'prompts.jsonl', rows)], 10, 'rlaif', dropped, [ItemIndex([('held-out/7', item)])])
+    drawn = list(draw_prompts([written(tmp_path, 'prompts.jsonl', rows)], 10, 'rlaif', dropped, [ItemIndex([('held-out/7', item)])]))
     assert [row['messages'][0]['content'] for row in drawn] == [rows[2]['prompt']]
     assert [(row['drop_reason'], row['evidence']) for row in dropped] == [('contaminated', 'held-out/7')] * 2
 
 def test_other_tasks_and_second_copies_are_told_apart(tmp_path):
     rows = [dialogue([turn('user', f'問{number}'), turn('assistant', '答')], task) for number, task in enumerate(['math', 'public', 'public'])]
     path, dropped = written(tmp_path, 'rows.jsonl', rows), Spool()
-    drawn = draw_prompts([path, path], 10, 'spin', dropped, [ItemIndex([])], tasks=['public'])
+    drawn = list(draw_prompts([path, path], 10, 'spin', dropped, [ItemIndex([])], tasks=['public']))
     assert len(drawn) == 2 and Counter(row['drop_reason'] for row in dropped) == {'other_task': 2, 'duplicate': 2}
 
 # Pairs of other stages
