@@ -53,7 +53,7 @@ class Word(NamedTuple):
     tag: str # Part of speech
     written: str # As written, folded; '' for the second half of a negation
 
-@functools.lru_cache(maxsize=200_000)
+@functools.lru_cache(maxsize=20_000)
 def comparable(
     text: str, # A word
     tag: str, # Its part of speech
@@ -101,7 +101,7 @@ class Clause(NamedTuple):
     terms: frozenset # Bigrams of content characters, Latin words, quantities
     quantities: dict # Key to quantity
 
-@functools.lru_cache(maxsize=200_000)
+@functools.lru_cache(maxsize=20_000)
 def read_clause(
     text: str, # In Traditional characters
 ) -> Clause: # The same, prepared
@@ -142,7 +142,7 @@ class Statement(NamedTuple):
     line: str # The same as one text
     quantities: dict # Key to quantity
 
-@functools.lru_cache(maxsize=50_000)
+@functools.lru_cache(maxsize=10_000)
 def read_statement(
     text: str, # A sentence
 ) -> Statement: # The same, prepared

@@ -48,7 +48,7 @@ LEAD = re.compile(
     r'(?:the )?(?:final )?answer(?: is)?|解(?=\s*:)|所以|因此|故|總共|一共|'
     r'合計|共計|共有|共|大約|約|等於|即|應?為|是|有|≈|→|=>|[:=,]|\s)+', re.IGNORECASE)
 
-@lru_cache(50_000)
+@lru_cache(5_000)
 def plain_answer(
     text: str, # An answer as a model wrote it
 ) -> str: # Half width, without LaTeX, Markdown, lead words and closing punctuation
@@ -410,7 +410,7 @@ READERS = [(marks and re.compile(marks), read) for marks, read in [ # What a tex
 WEEKDAY = re.compile('(?:禮拜|星期|週)(?:([一二三四五六日])|天)')
 SIMPLE = re.compile(r'-?\d{1,15}(?:\.\d{1,9})?')
 
-@lru_cache(50_000)
+@lru_cache(5_000)
 def readings(
     text: str, # An answer as a model wrote it
 ) -> tuple[Reading, ...]: # Everything it may mean, its mere text last
