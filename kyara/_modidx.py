@@ -627,6 +627,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'kyara.core.service_settings': ('core.html#service_settings', 'kyara/core.py'),
                             'kyara.core.settings_path': ('core.html#settings_path', 'kyara/core.py'),
                             'kyara.core.start_stage': ('core.html#start_stage', 'kyara/core.py'),
+                            'kyara.core.steady_arithmetic': ('core.html#steady_arithmetic', 'kyara/core.py'),
                             'kyara.core.usable_processors': ('core.html#usable_processors', 'kyara/core.py'),
                             'kyara.core.without_nulls': ('core.html#without_nulls', 'kyara/core.py'),
                             'kyara.core.write_rows': ('core.html#write_rows', 'kyara/core.py'),

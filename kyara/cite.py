@@ -22,7 +22,7 @@ from .align import (NOT, NUMBER, Difference, Evidence, Pairing, Quantity, Statem
                          read_evidence, read_statement, statement_shares)
 from .alter import Case
 from .citations import CITED, REFUSAL, VERDICTS, Claim, cited_ids, is_claim, split_claims, without_thoughts
-from .core import UserError
+from .core import UserError, steady_arithmetic
 from .zh import fold_script, parse_number, to_traditional
 
 # %% ../nbs/05_cite.ipynb #05000004
@@ -404,6 +404,7 @@ def inference_opinions(
     "Ask a model for natural-language inference whether the documents entail each claim."
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    steady_arithmetic()
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForSequenceClassification.from_pretrained(model).eval()
     verdicts, longest = inference_verdicts(network.config.id2label, model), network.config.max_position_embeddings - 2

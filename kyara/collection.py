@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from .core import UserError, batched, parse_object, service_settings, usable_processors, write_text
+from .core import UserError, batched, parse_object, service_settings, steady_arithmetic, usable_processors, write_text
 from .terms import find_terms, passage_vectors
 
 # %% ../nbs/10_collection.ipynb #10000004
@@ -75,6 +75,7 @@ class ModelEmbedder:
         try: from sentence_transformers import SentenceTransformer
         except ImportError:
             raise UserError("[embedding] needs sentence-transformers; pip install 'kyara[embeddings]'") from None
+        steady_arithmetic()
         try: self.model = SentenceTransformer(name, truncate_dim=dimensions or None)
         except (OSError, ValueError) as error:
             raise UserError(f'the embedding model {name} cannot be loaded ({str(error).splitlines()[0]}); '

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['META', 'ROW_KINDS', 'MANIFEST_FORMAT', 'MANIFEST_KEYS', 'SERVICES', 'UserError', 'content_hash', 'row_schema',
            'dialogue', 'pack_meta', 'details', 'drop', 'write_rows', 'write_shard', 'batched', 'usable_processors',
-           'chinese_pyplot', 'Spool', 'read_jsonl', 'parse_object', 'read_rows', 'without_nulls', 'sample_path',
-           'resolve_path', 'file_hash', 'fingerprint', 'read_manifest', 'code_version', 'imported_modules',
-           'start_stage', 'finish_stage', 'write_text', 'ModelSettings', 'settings_path', 'read_settings',
-           'model_settings', 'parse_model', 'service_settings', 'find_row', 'lineage', 'progress', 'Unwatched',
-           'in_jupyter']
+           'steady_arithmetic', 'chinese_pyplot', 'Spool', 'read_jsonl', 'parse_object', 'read_rows', 'without_nulls',
+           'sample_path', 'resolve_path', 'file_hash', 'fingerprint', 'read_manifest', 'code_version',
+           'imported_modules', 'start_stage', 'finish_stage', 'write_text', 'ModelSettings', 'settings_path',
+           'read_settings', 'model_settings', 'parse_model', 'service_settings', 'find_row', 'lineage', 'progress',
+           'Unwatched', 'in_jupyter']
 
 # %% ../nbs/00_core.ipynb #00000002
 import ast, configparser, gzip, hashlib, importlib.util, json, os, shutil, sys, tempfile
@@ -154,6 +154,12 @@ def batched(
 def usable_processors() -> int: # At least 1
     "Count the processors that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+def steady_arithmetic():
+    "Have torch's MKL settle on its code from one thread: where its first call comes from several at once, some compute with fewer digits."
+    import torch
+    torch.ones(16).cos()
+    torch.ones(4, 4) @ torch.ones(4, 4)
 
 # %% ../nbs/00_core.ipynb #00000019
 def chinese_pyplot(): # `matplotlib.pyplot`

@@ -11,7 +11,7 @@ import functools, time
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from .core import ModelSettings, UserError
+from .core import ModelSettings, UserError, steady_arithmetic
 from .decoding import Row, can_decode, decode, likeliest, padded
 from .llm import Completion, Recorder, Request, cut_at_stop, model_identity
 
@@ -66,6 +66,7 @@ def load_local(
     disable_progress_bar()
     set_verbosity_error() # The error that ends the retries says it all
     reuse_memory()
+    steady_arithmetic()
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side='left')

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .chat import first_line, refuse_folder_without, train_tokenizer
-from .core import UserError, fingerprint, write_text
+from .core import UserError, fingerprint, steady_arithmetic, write_text
 
 # %% ../nbs/15_model.ipynb #15000004
 def make_student(
@@ -144,6 +144,7 @@ def load_model(
     weights = ['model.safetensors', 'model.safetensors.index.json']
     refuse_folder_without(model, weights, 'no safetensors (a pickle is never loaded)')
     if attn_implementation == DOCUMENTS: register_attention()
+    steady_arithmetic()
     options = dict(dtype=dtype or safe_dtype(), attn_implementation=attn_implementation, use_safetensors=True)
     if quantization: options['quantization_config'] = quantization_config(quantization)
     try: return AutoModelForCausalLM.from_pretrained(str(model), **options)

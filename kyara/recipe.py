@@ -341,6 +341,7 @@ def make_stage(
         where = f'stage {name}, {key}'
         value = check_value(unquoted(value), declared[key], f'stage {name}')
         needs.update(dict.fromkeys(word for text in texts_in(value) for word in re.findall(REFERENCE, text)))
+        if key in FOLDER_PARAMETERS and value == '' and declared[key].default: raise UserError(f'{where} is empty; name a model, or leave it out')
         if key in FOLDER_PARAMETERS: value = change_texts(value, lambda text: find_folder(text, nbs, where))
         if key in MODEL_PARAMETERS: models += _model_names(value, nbs, where)
         if holds_paths(declared[key]): value = _find_inputs(value, nbs, where)

@@ -11,7 +11,7 @@ __all__ = ['OBJECTIVES', 'QUESTION_ENDS', 'RewardModel', 'load_reward_parts', 't
 import functools, json
 from pathlib import Path
 
-from .core import UserError, batched
+from .core import UserError, batched, steady_arithmetic
 
 # %% ../nbs/13_reward.ipynb #13000005
 class RewardModel:
@@ -40,6 +40,7 @@ def load_reward_parts(
     import transformers
     from transformers.utils import logging
     logging.disable_progress_bar()
+    steady_arithmetic()
     safe, loudness = {'trust_remote_code': False}, logging.get_verbosity()
     logging.set_verbosity_error() # It would report the heads, which are read elsewhere
     try:

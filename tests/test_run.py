@@ -223,6 +223,7 @@ BAD_RECIPES = {
     'a text for a list': (changed(texts='玉山'), 'texts must be of type list'),
     'a later stage': (changed(corpus='{count}'), '{count} is no earlier stage'),
     'a stray brace': (changed(corpus='{count'), 'braces that name no stage'),
+    'no model': (changed(teacher=''), 'teacher is empty; name a model'),
     'unknown model': (changed(teacher='ofline'), "no model named 'ofline'"),
     'missing corpus': (changed(corpus='data/none.jsonl'), 'data/none.jsonl does not exist'),
     'missing sample': (changed(corpus='sample:corpsu'), "no sample named 'corpsu'"),

@@ -61,6 +61,27 @@ def trained(student, tmp_path_factory):
 
 # The student
 
+FIRST_CALLS = """
+import os, sys
+import numpy, torch
+from kyara.core import steady_arithmetic
+torch.set_num_threads(2)
+numbers, names = torch.from_numpy(numpy.linspace(0.1, 1.1, 2 ** 18, dtype='float32')), ['sin', 'cos', 'exp', 'log', 'tanh']
+for child in range(int(sys.argv[2])):
+    pid = os.fork() # Before any thread was started: each child makes its own first call
+    if not pid:
+        if sys.argv[1] == 'steady': steady_arithmetic()
+        if child % 2: numbers.relu()
+        function = getattr(torch, names[child % 5])
+        os._exit(int(not torch.equal(function(numbers), function(numbers))))
+    if os.waitpid(pid, 0)[1]: print(names[child % 5])
+"""
+
+def test_the_first_call_of_a_process_computes_like_every_other():
+    "Two threads that raced for MKL's first call differed in one process of 26, and so did the models of two runs."
+    done = subprocess.run([sys.executable, '-c', FIRST_CALLS, 'steady', '300'], capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stdout) == (0, ''), done.stdout + done.stderr
+
 def test_student_is_a_gemma_2_that_transformers_load(student):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(student), AutoTokenizer.from_pretrained(student)
     assert isinstance(model, Gemma2ForCausalLM) and model.config.model_type == 'gemma2'
