@@ -565,12 +565,13 @@ def read_engine(
     if not isinstance(value, dict) or value.keys() - ENGINE.keys():
         raise UserError(f'engine: {value!r} is not understood; write local, ray, or a mapping with {", ".join(ENGINE)}')
     engine = {**ENGINE, **value}
-    good = {'name': engine['name'] in ('local', 'ray'), 'address': isinstance(engine['address'], str),
-            'workers': type(engine['workers']) is int and engine['workers'] >= 0,
-            'shard_size': type(engine['shard_size']) is int and engine['shard_size'] >= 1,
-            'failed_shards': engine['failed_shards'] in ('stop', 'drop'), 'store': isinstance(engine['store'], str)}
-    for key, fits in good.items():
-        if not fits: raise UserError(f'engine: {key} cannot be {engine[key]!r}')
+    whole = lambda key, least: type(engine[key]) is int and engine[key] >= least
+    good = {'name': (engine['name'] in ('local', 'ray'), 'local or ray'), 'address': (isinstance(engine['address'], str), 'HOST:PORT'),
+            'workers': (whole('workers', 0), 'a whole number, 0 for as many as fit'), 'shard_size': (whole('shard_size', 1), 'a whole number from 1'),
+            'failed_shards': (engine['failed_shards'] in ('stop', 'drop'), 'stop or drop'),
+            'store': (isinstance(engine['store'], str), 'a folder or URL')}
+    for key, (fits, wanted) in good.items():
+        if not fits: raise UserError(f'engine: {key} cannot be {engine[key]!r}; write {wanted}')
     return engine
 
 def import_ray(): # The module

@@ -54,11 +54,12 @@ def item_slabs(
     if benchmark.items not in (0, len(rows)) and not (partial or max_items):
         raise UserError(f'{benchmark.name} has {benchmark.items} items and {path} holds {len(rows)}; '
                         'get the whole file, or set partial to true')
-    if max_items and max_items < len(rows):
-        drawn = set(random.Random(seed).sample(range(len(rows)), max_items))
-        rows = (row for place, row in enumerate(rows) if place in drawn)
+    drawn = set(random.Random(seed).sample(range(len(rows)), max_items)) if 0 < max_items < len(rows) else range(len(rows))
+    chosen = lambda: (row for place, row in enumerate(rows) if place in drawn)
+    if len(drawn) > size: # What is not in the benchmark's form is refused before the first slab is asked
+        for row in chosen(): _read_item(benchmark, row, path)
     seen = set()
-    for slab in batched(rows, size): yield _read_slab(benchmark, slab, path, seen)
+    for slab in batched(chosen(), size): yield _read_slab(benchmark, slab, path, seen)
 
 def spooled(rows: Iterable[dict]) -> Spool:
     "Put rows on disk."

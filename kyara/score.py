@@ -373,7 +373,7 @@ def score_alpaca_eval(
     check_ids(rows)
     rule = rule or ('length_controlled' if data else 'win_rate')
     preferences = np.array([_preference(row) for row in rows])
-    if np.isnan(preferences).all(): raise UserError('alpaca_eval: no row has a preference')
+    if np.isnan(preferences).all(): raise UserError('alpaca_eval: no row has a preference; give annotations, each with a number as preference')
     details = {'rule': rule, **win_rate(preferences)}
     if rule == 'length_controlled' and not data:
         raise UserError('length_controlled needs --data FOLDER (instruction_difficulty.csv, df_gamed_equiv.csv.gz)')

@@ -12,6 +12,7 @@ from kyara import evaluate
 from kyara.core import UserError
 from kyara.evaluate import (BENCHMARKS, MATH_HELD_OUT, comparison_table, contaminated_items, evaluate_models, figures, item_slabs, item_texts,
                             paired_difference, read_items, run_generation, script_difference, tokens_per_character)
+from kyara.ledger import Ledger
 from kyara.llm import Reply
 from kyara.score import score_rows
 
@@ -81,6 +82,13 @@ def test_slabs_change_nothing(tmp_path, monkeypatch):
     transcripts, dropped = run()
     assert run(size=2) == (transcripts, dropped) and len(transcripts) == 14
     assert Counter((row['model'], row['drop_reason']) for row in dropped) == {('a', 'duplicate_id'): 2, ('b', 'duplicate_id'): 2}
+
+def test_a_broken_item_in_a_later_slab_is_told_before_anything_is_asked(tmp_path, monkeypatch):
+    path = write(tmp_path/'items.jsonl', [*(problem(n) for n in range(5)), {'id': '5', 'messages': None}])
+    monkeypatch.setattr(evaluate, 'item_slabs', functools.partial(item_slabs, size=2))
+    with pytest.raises(UserError, match='not in the form of math-held-out'):
+        evaluate_models({'a': 'offline'}, {'math-held-out': path}, tmp_path/'ledger.sqlite')
+    with Ledger(tmp_path/'ledger.sqlite') as ledger: assert ledger.stats() == []
 
 def test_items_that_stood_in_training_rows_are_found(tmp_path):
     path = write(tmp_path/'items.jsonl', [problem(1), {**problem(2), 'messages': [{'role': 'user', 'content': '阿嬤種了3排芒果樹，每排7棵，共有幾棵芒果樹？'},
