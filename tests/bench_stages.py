@@ -3,9 +3,10 @@
 One line for each stage and number of rows, each in a process of its own: seconds of the processor, the highest memory, what it was before
 the stage, and the difference in bytes a row. A stage over a million rows should stay under 2 GB. Not part of the tests.
 
-`base` sends short rows through the base stage, `candidates` ranks and selects rows for the curated set, `math` and `synthesis` make rows with
-the offline teacher. `preference` and `evaluation` are the cells of their notebooks, from the parameters to the end: pairs of all four origins,
-each prompt paid for in the ledger, and half as many items answered by two models. All of them read files, and write what the stage writes.
+`base` sends short rows through the base stage, `candidates` ranks and selects rows for the curated set and does nothing else, `math` and
+`synthesis` make rows with the offline teacher. `curation`, `preference` and `evaluation` are the cells of their notebooks, from the parameters
+to the end: rows tagged, scored and rewritten; pairs of all four origins, each prompt paid for in the ledger; half as many items answered by
+two models. All of them read files, and write what the stage writes.
 """
 import argparse, gzip, importlib, itertools, json, os, random, resource, subprocess, sys, tempfile, time
 from collections import Counter
@@ -59,7 +60,7 @@ def run_cells(notebook: str, module: str, **given) -> dict: # Names and values a
     "Run a stage notebook's cells here, from its parameters on, with some of them replaced."
     cells = json.loads((ROOT / 'nbs' / f'{notebook}.ipynb').read_text(encoding='utf-8'))['cells']
     start = next(place for place, cell in enumerate(cells) if 'parameters' in cell['metadata'].get('tags', []))
-    names = {**vars(importlib.import_module(module)), 'display': lambda *_: None}
+    names = {**vars(importlib.import_module('kyara.core')), **vars(importlib.import_module(module)), 'display': lambda *_: None}
     exec(''.join(cells[start]['source']), names)
     unknown = given.keys() - names.keys()
     assert not unknown, unknown
@@ -105,6 +106,20 @@ def measure_candidates(count: int, folder: Path) -> str:
     place_candidates(candidates)
     selected = sum(not reason for reason, _ in select(candidates, max_rows=count // 7))
     return told('candidates', count, begun, {'selected': selected})
+
+def measure_curation(count: int, folder: Path) -> str:
+    "Tag, score, select and rewrite rows of three tasks; a seventh is kept, as of Kyara's base set."
+    drawn, sentences, tasks = random.Random(0), short_sentences(), ('knowledge_qa', 'rag_answer', 'public')
+    def rows():
+        for number in range(count):
+            first, *others = drawn.sample(sentences, 1 + drawn.randint(1, 4))
+            turns = [{'role': 'user', 'content': f'請介紹{first[:12]}（{number}）。'}, {'role': 'assistant', 'content': ''.join(others)}]
+            yield {'id': f'{number:016x}', 'messages': turns, 'task': tasks[number % 3], 'meta': {'stage': 'base', 'license': 'CC0-1.0', 'lang': 'zh-TW'}}
+    path = write_lines(folder / 'rows.jsonl', rows())
+    begun = begin()
+    names = run_cells('14_curation', 'kyara.curation', sources=[path], max_rows=count // 7, quotas={}, group_share=0.8,
+                      out_dir=str(folder / 'curation'), ledger=str(folder / 'ledger.sqlite'))
+    return told('curation', count, begun, names['counts'])
 
 def measure_math(count: int, folder: Path) -> str:
     "Make so many problems of mathematics."
@@ -175,7 +190,7 @@ def measure_evaluation(count: int, folder: Path) -> str:
                       out_dir=str(folder / 'evaluation'), ledger=str(folder / 'ledger.sqlite'))
     return told('evaluation', count, begun, {**names['counts'], **{model: own['math-held-out']['score'] for model, own in names['scores'].items()}})
 
-STAGES = {'base': measure_base, 'candidates': measure_candidates, 'math': measure_math, 'synthesis': measure_synthesis,
+STAGES = {'base': measure_base, 'candidates': measure_candidates, 'curation': measure_curation, 'math': measure_math, 'synthesis': measure_synthesis,
           'preference': measure_preference, 'evaluation': measure_evaluation}
 
 def main():

@@ -78,8 +78,8 @@ for child in range(int(sys.argv[2])):
 """
 
 def test_the_first_call_of_a_process_computes_like_every_other():
-    "Two threads that raced for MKL's first call differed in one process of 26, and so did the models of two runs."
-    done = subprocess.run([sys.executable, '-c', FIRST_CALLS, 'steady', '300'], capture_output=True, text=True, timeout=600)
+    "Where two threads race for MKL's first call, 0 to 16 processes of 300 were seen to compute otherwise ('bare' instead of 'steady')."
+    done = subprocess.run([sys.executable, '-c', FIRST_CALLS, 'steady', '600'], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout) == (0, ''), done.stdout + done.stderr
 
 def test_student_is_a_gemma_2_that_transformers_load(student):
