@@ -349,6 +349,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'kyara.cluster.joined': ('cluster.html#joined', 'kyara/cluster.py'),
                                'kyara.cluster.lent_pace': ('cluster.html#lent_pace', 'kyara/cluster.py'),
                                'kyara.cluster.light_imports': ('cluster.html#light_imports', 'kyara/cluster.py'),
+                               'kyara.cluster.listens_for_ray': ('cluster.html#listens_for_ray', 'kyara/cluster.py'),
                                'kyara.cluster.lost': ('cluster.html#lost', 'kyara/cluster.py'),
                                'kyara.cluster.make_shard': ('cluster.html#make_shard', 'kyara/cluster.py'),
                                'kyara.cluster.not_in_time': ('cluster.html#not_in_time', 'kyara/cluster.py'),

@@ -7,8 +7,8 @@ __all__ = ['LEASE', 'ENGINE', 'SLOW_STARTS', 'Session', 'Office', 'reserve_many'
            'LocalEngine', 'RayEngine', 'package_versions', 'run_shard', 'outcome_of', 'beside_shards', 'reach', 'Store',
            'packed', 'unpacked', 'exported', 'function_key', 'make_shard', 'shard_name', 'read_shard', 'shard_table',
            'open_office', 'caller', 'Asking', 'lent_pace', 'ask_in_shards', 'lost', 'read_engine', 'import_ray',
-           'connect', 'cluster_of', 'absolute', 'start_cluster', 'not_in_time', 'light_imports', 'waiting', 'variable',
-           'joined', 'join', 'ask_on_cluster', 'stays_here', 'over_shards']
+           'connect', 'listens_for_ray', 'cluster_of', 'absolute', 'start_cluster', 'not_in_time', 'light_imports',
+           'waiting', 'variable', 'joined', 'join', 'ask_on_cluster', 'stays_here', 'over_shards']
 
 # %% ../nbs/03_cluster.ipynb #03000002
 import base64, functools, gzip, importlib, inspect, itertools, json, os, posixpath, socket, sys, tempfile, threading, time
@@ -584,18 +584,29 @@ def import_ray(): # The module
     return ray
 
 def connect(address: str):
-    "Join a Ray cluster, once; refuse at once an address where nobody answers."
+    "Join a Ray cluster, once; refuse at once an address where nobody answers, or something else."
     ray = import_ray()
     if ray.is_initialized(): return
-    host, _, port = address.removeprefix('ray://').rpartition(':')
     try:
-        if port.isdigit(): socket.create_connection((host, int(port)), timeout=5).close()
-        with waiting(2): # Tries of 40 seconds where it is no Ray that listens; Ray would make twenty
+        listens_for_ray(address)
+        with waiting(2): # Tries of 40 seconds; Ray would make twenty
             ray.init(address=address, namespace='kyara', logging_level='ERROR', log_to_driver=False)
-    except (RuntimeError, OSError) as error:
-        why = f' ({str(error).strip().splitlines()[0][:200]})' if isinstance(error, RuntimeError) else ''
-        raise UserError(f'no Ray cluster answers at {address}{why}; start one with `ray start --head`, or leave out '
+    except (RuntimeError, OSError, ValueError) as error: # The last where it is no address
+        why = ' '.join(str(getattr(error, 'strerror', None) or error).split())[:200]
+        raise UserError(f'no Ray cluster answers at {address} ({why}); start one with `ray start --head`, or leave out '
                         'address to have one on this machine') from None
+
+def listens_for_ray(
+    address: str, # HOST:PORT, maybe after ray://; other forms are for Ray to find
+    patience: float = 30, # Seconds to wait for a line, and for its first frame
+):
+    "Open HTTP/2, which gRPC and so Ray speaks, and raise `OSError` if the first frame that comes back is not its settings."
+    host, _, port = address.removeprefix('ray://').rpartition(':')
+    if not port.isdecimal() or os.environ.get('RAY_USE_TLS', '0') != '0': return
+    with socket.create_connection((host, int(port)), timeout=patience) as line:
+        line.sendall(b'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n' + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        frame = line.makefile('rb').read(9)
+    if len(frame) < 9 or frame[3] != 4: raise ConnectionError('something else listens there')
 
 @contextmanager
 def cluster_of(

@@ -3,6 +3,7 @@ import functools
 import json
 import os
 import sys
+import threading
 import time
 from contextlib import contextmanager
 
@@ -378,6 +379,32 @@ def test_nobody_at_the_address(tmp_path):
         script = f"from kyara.run import run_recipe; run_recipe({str(recipe)!r}, ['engine=ray', 'engine.address={address}'], nbs={str(root / 'nbs')!r})"
         done = subprocess.run([sys.executable, '-c', script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert f'no Ray cluster answers at {address}' in done.stderr, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize('answer, said', [(b'HTTP/1.1 400 Bad Request\r\n\r\n', 'something else listens there'), (b'SSH-2.0', 'something else listens there'),
+                                          (b'', 'timed out')])
+def test_something_else_at_the_address(answer, said, monkeypatch):
+    "A web server, another service or one that keeps silent is told from Ray by the first frame, and Ray is not asked to try."
+    import socket
+    from kyara import cluster
+    ray = pytest.importorskip('ray', reason='pip install "kyara[ray]"')
+    monkeypatch.setattr(ray, 'is_initialized', lambda: False)
+    monkeypatch.setattr(ray, 'init', lambda **_: pytest.fail('Ray was asked to try'))
+    monkeypatch.setattr(cluster, 'listens_for_ray', functools.partial(cluster.listens_for_ray, patience=1))
+    done = threading.Event()
+    def serve(place):
+        line, _ = place.accept()
+        with line:
+            line.recv(100)
+            line.sendall(answer)
+            if not answer: done.wait(60)
+    with socket.create_server(('127.0.0.1', 0)) as place:
+        server = threading.Thread(target=serve, args=[place])
+        server.start()
+        address = f'127.0.0.1:{place.getsockname()[1]}'
+        with pytest.raises(UserError, match=f'no Ray cluster answers at {address} .{said}.; start one'): cluster.connect(address)
+        done.set()
+        server.join()
 
 
 def test_cluster_that_starts_too_slowly(tmp_path, monkeypatch):
